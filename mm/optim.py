@@ -1,0 +1,124 @@
+"""Parameter groups (no decay on 1-D, layer-wise and per-tower rates) and learning-rate schedules, in samples."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from mm.config import Config
+from mm.errors import UserError
+
+
+class OptimConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019) with CLIP's moments (Radford et al. 2021); all lengths are in samples."""
+
+    lr: float = Field(default=5e-4, ge=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.2, ge=0)
+    """Decoupled weight decay of parameters with two or more dimensions; the others have none."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of Adam's two moments."""
+    eps: float = Field(default=1e-6, gt=0)
+    """Adam's epsilon."""
+    warmup: int = Field(default=0, ge=0)
+    """Samples over which the rate rises linearly to its peak."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up."""
+    lr_end: float = Field(default=0.0, ge=0, le=1)
+    """Rate at the end of the run, as a share of the peak."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor on the rate from each layer of a tower to the one below it; 1 is off."""
+    image_lr: float = Field(default=1.0, ge=0)
+    """Factor on the rate of the image tower."""
+    text_lr: float = Field(default=1.0, ge=0)
+    """Factor on the rate of the text tower."""
+    head_lr: float = Field(default=1.0, ge=0)
+    """Factor on the rate of what is in neither tower: projections, scale, bias."""
+    image_delay: int = Field(default=0, ge=0)
+    """Samples during which the image tower's rate stays 0; its own warm-up follows."""
+    text_delay: int = Field(default=0, ge=0)
+    """Samples during which the text tower's rate stays 0; its own warm-up follows."""
+
+
+def learning_rate(
+    samples: int,
+    total: int,
+    *,
+    lr: float,
+    warmup: int = 0,
+    schedule: str = "cosine",
+    lr_end: float = 0.0,
+    batch: int = 0,
+) -> float:
+    """Rate of the step that starts after `samples` of `total` samples.
+
+    The warm-up counts the samples of this step too (`batch`), so that the first step is not wasted on rate 0. Raises
+    UserError when the warm-up is longer than the run.
+    """
+    if warmup > total:
+        raise UserError(f"optim.warmup={warmup} is longer than the run of {total} samples; use {total} at most")
+    if samples < warmup:
+        return lr * min(1.0, (samples + batch) / warmup)
+    done = min(1.0, (samples - warmup) / max(1, total - warmup))
+    shapes = {
+        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": lambda: 1 - done,
+        "constant": lambda: 1.0,
+    }
+    return lr * (lr_end + (1 - lr_end) * shapes[schedule]())
+
+
+def learning_rates(samples: int, total: int, config: OptimConfig, batch: int = 0) -> dict[str, float]:
+    """Rate of each tower ("image", "text", "head") for the step that starts after `samples` samples.
+
+    A delayed tower's rate is 0 until its delay has passed, then rises over its own warm-up. The towers' factors are
+    in the parameter groups, not here.
+    """
+    rate = learning_rate(
+        samples,
+        total,
+        lr=config.lr,
+        warmup=config.warmup,
+        schedule=config.schedule,
+        lr_end=config.lr_end,
+        batch=batch,
+    )
+    delays = {"image": config.image_delay, "text": config.text_delay, "head": 0}
+    return {tower: rate * _after_delay(samples, delay, config.warmup, batch) for tower, delay in delays.items()}
+
+
+def _after_delay(samples: int, delay: int, warmup: int, batch: int) -> float:
+    if not delay:
+        return 1.0
+    if samples < delay:
+        return 0.0
+    return min(1.0, (samples + batch - delay) / warmup) if warmup else 1.0
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    layers: Mapping[str, tuple[str, int, int]],
+    config: OptimConfig,
+) -> list[dict[str, Any]]:
+    """Optimizer groups {params, names, tower, lr_scale, weight_decay}, one for each (tower, scale, decay).
+
+    `layers` gives a name's (tower, depth, depths), depth 1 at the input and `depths` at the output; names that it
+    lacks are "head", with no layer decay. Locked parameters (requires_grad False) are left out.
+    """
+    factors = {"image": config.image_lr, "text": config.text_lr, "head": config.head_lr}
+    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        tower, depth, depths = layers.get(name, ("head", 0, 0))
+        scale = factors.get(tower, 1.0) * config.layer_decay ** (depths - depth)
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        group = groups.setdefault(
+            (tower, scale, decay),
+            {"params": [], "names": [], "tower": tower, "lr_scale": scale, "weight_decay": decay},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
