@@ -1,0 +1,101 @@
+"""Run a function in several real gloo processes: `results = run_ranks(fn, world_size, *args)`."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+# the server imports torch once and forks every rank from that: milliseconds instead of seconds for a process
+_context.set_forkserver_preload(["torch", "mm.distributed", "mm.losses"])
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not end in time; the message holds its traceback."""
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 100) -> list[Any]:
+    """`fn(*args)` in `world_size` fresh processes after `mm.distributed.start()`; what they returned, by
+    rank.
+
+    fn is a function of a module (spawned processes import it); arguments and results are pickled. One thread
+    a rank, on the CPU. The first failure ends all ranks and raises `RankFailed`.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environ = dict(os.environ) | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    processes, waiting = [], {}
+    for rank in range(world_size):
+        here, there = _context.Pipe(duplex=False)
+        env = environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = _context.Process(target=_rank, args=(there, env, fn, args), daemon=False)
+        process.start()
+        there.close()
+        processes.append(process)
+        waiting[here] = rank
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    try:
+        while waiting:
+            ready = multiprocessing.connection.wait(
+                list(waiting), timeout=max(0.0, deadline - time.monotonic())
+            )
+            if not ready:
+                raise RankFailed(
+                    f"ranks {sorted(waiting.values())} of {world_size} did not end in {timeout_s} s"
+                )
+            failures = []
+            for here in ready:
+                rank = waiting.pop(here)  # type: ignore[call-overload]
+                try:
+                    ok, value = here.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    processes[rank].join(5)
+                    ok, value = False, f"it died with exit status {processes[rank].exitcode}"
+                here.close()  # type: ignore[union-attr]
+                if ok:
+                    results[rank] = value
+                else:
+                    failures.append(f"rank {rank} of {world_size} failed:\n{value}")
+            if failures:
+                raise RankFailed("\n".join(failures))
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    finally:
+        for process in processes:
+            process.join(20)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank(pipe: Any, environ: dict[str, str], fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environ)
+    status = 0
+    try:
+        import torch
+
+        import mm.distributed
+
+        torch.set_num_threads(1)
+        mm.distributed.start(timeout_s=90)
+        pipe.send((True, fn(*args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        status = 1
+    pipe.close()
+    # torch's teardown aborts one time in ten, after all the work is done
+    os._exit(status)
