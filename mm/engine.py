@@ -1,0 +1,374 @@
+"""The one place that knows DeepSpeed: a step of training, whatever the ZeRO stage, precision and number of ranks."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm import distributed
+from mm.config import Config
+from mm.errors import UserError
+from mm.zero import MOMENTS, Shards
+
+Batch = Mapping[str, Any]
+
+
+class EngineConfig(Config):
+    """How a step is computed. Nothing here but precision, EMA and grad_clip changes what is learnt."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What is cut over the ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes matrix products in bfloat16; parameters and optimizer stay in fp32."""
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Samples a rank computes at once; it accumulates gradients over its batch. Empty: all at once."""
+    grad_clip: float = Field(default=0.0, ge=0)
+    """Largest L2 norm of the gradients; 0 is off."""
+    compile: bool = False
+    """Compile the model with torch.compile (needs a C++ compiler on the machine)."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the moving average of the weights, min(this, (1 + step) / (10 + step)); 0 is off."""
+    deterministic: bool = False
+    """Only deterministic GPU kernels: the same bits again, slower; an operation that has none raises."""
+    sync_batchnorm: bool = True
+    """Batch statistics over all GPUs; off, or on CPUs, each rank uses its own and the running ones are averaged."""
+    persist_below: int = Field(default=100_000, ge=0)
+    """ZeRO 3 keeps parameters with fewer elements than this whole on every rank."""
+
+
+class StepResult(NamedTuple):
+    """What a step did; means over ranks and micro-batches."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    """L2 norm before clipping."""
+    figures: dict[str, Tensor]
+    skipped: bool
+    """The gradients were not finite, so the weights are what they were before."""
+
+
+class Engine:
+    """Trains `module`, whose call `module(batch)` gives (loss, figures).
+
+    `groups` are those of `mm.optim.parameter_groups`. `global_batch` is the samples of a step over all ranks, `seed`
+    that of the run. Takes the module over: with ZeRO 3 its parameters are empty outside of forward passes, and every
+    rank must call it equally often. Raises UserError where the batch cannot be shared.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[Mapping[str, Any]],
+        config: EngineConfig,
+        *,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        global_batch: int,
+        seed: int = 0,
+    ) -> None:
+        distributed.start()
+        self.config = config
+        self.seed = seed
+        self.steps = 0
+        """Steps done; dropout and the EMA depend on it."""
+        self.notes: list[str] = []
+        """What the user should be told at the start."""
+        self.device = distributed.device()
+        self.accumulation = accumulation(config, global_batch)
+        """Micro-batches of a step."""
+        if not any(group["params"] for group in groups):
+            raise UserError("all parameters are locked, so there is nothing to train; unlock a tower or a projection")
+        if config.deterministic:
+            _be_deterministic()
+        self.module = self._with_shared_statistics(module).to(self.device)
+        optimizer = torch.optim.AdamW(
+            [dict(group) for group in groups], lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True
+        )
+        self._ds = _initialize(self.module, optimizer, _deepspeed_config(config, global_batch, self.accumulation))
+        self._optimizer: torch.optim.Optimizer = self._ds.basic_optimizer
+        if config.compile:
+            self.module.compile()
+        self.shards = Shards(self._ds, self.module, config.zero_stage)
+        self._trained = [p for p in self.module.parameters() if p.requires_grad]
+        persistent = self.module.state_dict().keys()
+        self.buffers = {name: b for name, b in self.module.named_buffers() if name in persistent}
+        """Those that belong to the model, by name; the same on all ranks."""
+        self.ema: dict[str, Tensor] = {}
+        """This rank's pieces of the averaged weights, by parameter name."""
+        if config.ema_decay:
+            self.ema = {n: p.weight.detach().clone() for n, p in self.shards.pieces.items() if p.state_key is not None}
+
+    def step(self, batches: Sequence[Batch], lr: float | Mapping[str, float]) -> StepResult:
+        """Learn from this rank's micro-batches (as many as `accumulation`) at rate `lr`, or at one a tower.
+
+        Dropout and all else that draws from torch's generators depends on (seed, step, rank) alone. A step whose
+        gradients are not finite is skipped by all ranks.
+        """
+        assert len(batches) == self.accumulation, f"{len(batches)} micro-batches, not {self.accumulation}"
+        self._set_rates(lr)
+        torch.manual_seed(_mix(self.seed, self.steps, distributed.rank()))
+        if not self.module.training:
+            self.module.train()
+        total: dict[str, Tensor] = {}
+        for batch in batches:
+            loss, figures = self._ds(_to(batch, self.device))
+            self._ds.backward(loss)
+            if self._ds.is_gradient_accumulation_boundary():
+                norm, skipped = self._clip()
+            self._ds.step()
+            for name, value in {"": loss, **figures}.items():
+                value = value.detach().float().reshape(())
+                total[name] = total[name] + value if name in total else value
+        if self.config.zero_stage > 0:
+            skipped = bool(self._ds.optimizer.overflow)
+            norm = torch.as_tensor(self._ds.optimizer._global_grad_norm, device=self.device, dtype=torch.float32)
+        means = distributed.mean(torch.stack(list(total.values()))) / len(batches)
+        values = dict(zip(total, means.unbind(), strict=True))
+        if not skipped:
+            self._average_weights()
+        self._average_statistics()
+        self.steps += 1
+        return StepResult(values.pop(""), norm, values, skipped)
+
+    @contextmanager
+    def evaluating(self, ema: bool = True) -> Iterator[nn.Module]:
+        """The module in evaluation mode, without gradients, with the averaged weights where they are kept (and
+        `ema`); after it all is as before. Collective: with ZeRO 3 all ranks call the module equally often."""
+        modes = {module: module.training for module in self.module.modules()}
+        self.module.eval()
+        try:
+            with torch.no_grad(), self.ema_weights(ema):
+                yield self.module
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    @contextmanager
+    def ema_weights(self, enabled: bool = True) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, which come back exactly. Collective."""
+        if not (enabled and self.config.ema_decay):
+            yield
+            return
+        trained = {name: self.shards.pieces[name].weight.clone() for name in self.ema}
+        self._show(self.ema, keep=trained)
+        try:
+            yield
+        finally:
+            self._show(trained, keep=trained)
+
+    def names(self) -> dict[str, list[str]]:
+        """Names of what a checkpoint holds, by kind: weight, ema, exp_avg, exp_avg_sq, buffer."""
+        trained = [name for name, p in self.shards.parameters.items() if p.requires_grad]
+        kinds = {"weight": list(self.shards.parameters), "ema": trained if self.config.ema_decay else []}
+        return {**kinds, **{key: trained for key in MOMENTS}, "buffer": list(self.buffers)}
+
+    def size(self, kind: str, name: str) -> int:
+        """Bytes of one tensor of the full state."""
+        if kind == "buffer":
+            return self.buffers[name].numel() * self.buffers[name].element_size()
+        return 4 * self.shards.shape(name).numel()
+
+    def full_state(
+        self, kinds: Sequence[str] | None = None, wanted: Callable[[str, str], bool] = lambda kind, name: True
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, name, whole tensor on the CPU), one at a time, of those that this rank wants.
+
+        Collective: all ranks must exhaust it, each with the same kinds.
+        """
+        for kind, names in self.names().items():
+            if kinds is not None and kind not in kinds:
+                continue
+            for name in names:
+                value = self._full(kind, name)
+                if wanted(kind, name):
+                    yield kind, name, value.detach().to("cpu", copy=True).contiguous()
+
+    def full_weights(self, ema: bool = True, prefix: str = "") -> dict[str, Tensor]:
+        """Whole weights and buffers on rank 0 ({} elsewhere), the averaged ones where they are kept (and `ema`), of
+        the parameters that begin with `prefix`, which is cut off. Collective; for `mm.models.folder.save_model`."""
+        kinds = ("weight", "buffer", *(("ema",) if ema else ()))
+        state: dict[str, Tensor] = {}
+        for _, name, value in self.full_state(kinds, lambda _, name: distributed.is_main() and name.startswith(prefix)):
+            state[name.removeprefix(prefix)] = value  # the average comes after the weight and replaces it
+        return state
+
+    def optimizer_steps(self) -> dict[str, int]:
+        """Adam's count of steps of every trained parameter. Collective."""
+        return {name: self.shards.steps(name) for name in self.names()[MOMENTS[0]]}
+
+    def load_state(self, read: Callable[[str, str], Tensor], optimizer_steps: Mapping[str, int], steps: int) -> None:
+        """Take over what `full_state` gave: `read(kind, name)` gives each whole tensor. Collective."""
+        self.shards.begin_writing()
+        for kind, names in self.names().items():
+            for name in names:
+                if kind == "buffer":
+                    self.buffers[name].copy_(read(kind, name))
+                elif kind == "weight":
+                    self.shards.set_weight(name, read(kind, name))
+                elif name not in self.shards.pieces:
+                    continue
+                elif kind == "ema":
+                    self.ema[name].copy_(self.shards.pieces[name].of(read(kind, name)))
+                else:
+                    self.shards.set_moment(name, kind, read(kind, name), optimizer_steps[name])
+        self.shards.end_writing()
+        self.steps = steps
+
+    def close(self) -> None:
+        """Give the module back and let the memory go."""
+        self._ds.destroy()
+
+    def _full(self, kind: str, name: str) -> Tensor:
+        if kind == "weight":
+            return self.shards.weight(name)
+        if kind == "buffer":
+            return self.buffers[name]
+        if kind == "ema":
+            pieces = {id(piece): name for name, piece in self.shards.pieces.items()}
+            return self.shards.whole(name, lambda piece: self.ema[pieces[id(piece)]])
+        return self.shards.moment(name, kind)
+
+    def _show(self, pieces: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
+        self.shards.begin_writing()
+        for name in self.names()["ema"]:
+            value = self.shards.whole(name, lambda _, name=name: pieces[name])  # type: ignore[misc]
+            self.shards.set_weight(name, value)
+        self.shards.end_writing()
+
+    def _set_rates(self, lr: float | Mapping[str, float]) -> None:
+        for group in self._optimizer.param_groups:
+            rate = lr if isinstance(lr, float | int) else lr[group["tower"]]
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+
+    def _clip(self) -> tuple[Tensor, bool]:
+        """Norm of the gradients of stage 0, clipped; a step that is not finite gets none, so AdamW does nothing.
+        From stage 1 on DeepSpeed does the same itself."""
+        if self.config.zero_stage > 0:
+            return torch.zeros(()), False
+        grads = [p.grad for p in self._trained if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        skipped = not torch.isfinite(norm).item()
+        if skipped:
+            self._ds.zero_grad()
+        elif self.config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self._trained, self.config.grad_clip, norm)
+        return norm, skipped
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        if self.ema:
+            decay = min(self.config.ema_decay, (1 + self.steps) / (10 + self.steps))
+            weights = [self.shards.pieces[name].weight for name in self.ema]
+            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
+
+    def _with_shared_statistics(self, module: nn.Module) -> nn.Module:
+        """Batch normalisation that trains sees all ranks (SyncBatchNorm), where the hardware can."""
+        self._statistics: list[Tensor] = []
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _trains(m)]
+        if not norms or distributed.world_size() == 1:
+            if norms and self.accumulation > 1:
+                self.notes.append("batch statistics are those of a micro-batch: the curve depends on its size")
+            return module
+        if self.config.sync_batchnorm and self.device.type == "cuda":
+            from timm.layers import convert_sync_batchnorm
+
+            return convert_sync_batchnorm(module)
+        self._statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
+        self.notes.append(
+            "batch statistics are those of each rank's batch: the curve depends on the ranks and the micro-batch"
+        )
+        return module
+
+    @torch.no_grad()
+    def _average_statistics(self) -> None:
+        if self._statistics:
+            flat = distributed.mean(torch.cat([t.flatten() for t in self._statistics]))
+            for t, mean in zip(self._statistics, flat.split([t.numel() for t in self._statistics]), strict=True):
+                t.copy_(mean.view_as(t))
+
+
+def accumulation(config: EngineConfig, global_batch: int) -> int:
+    """Micro-batches of a rank's step. Raises UserError, naming the nearest sizes, where they do not divide."""
+    ranks = distributed.world_size()
+    micro = config.micro_batch
+    if global_batch % ranks:
+        raise UserError(f"global batch {global_batch} cannot be shared by {ranks} ranks; {_nearest(global_batch, ranks)}")
+    share = global_batch // ranks
+    if micro is None:
+        return 1
+    if share % micro:
+        fits = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        raise UserError(
+            f"a rank's batch of {share} (global batch {global_batch}, {ranks} ranks) is not a multiple of "
+            f"engine.micro_batch={micro}; use micro_batch={fits}, or a global batch with: "
+            f"{_nearest(global_batch, ranks * micro)}"
+        )
+    return share // micro
+
+
+def _nearest(batch: int, divisor: int) -> str:
+    below = batch // divisor * divisor
+    return f"use {below} or {below + divisor}" if below else f"use {divisor}"
+
+
+def _deepspeed_config(config: EngineConfig, global_batch: int, accumulation: int) -> dict[str, Any]:
+    micro = global_batch // distributed.world_size() // accumulation
+    ds: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.grad_clip if config.zero_stage > 0 else 0.0,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if config.zero_stage == 3:
+        ds["zero_optimization"]["stage3_param_persistence_threshold"] = config.persist_below
+    if config.precision == "bf16":
+        safe = ["torch.nn.Linear", "torch.nn.Conv2d"]
+        ds["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": safe}
+    return ds
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said beforehand, its search for one prints nothing
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # else it compiles a shared-memory extension for 20-40 s and fails without a compiler; gloo serves
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def _mix(*numbers: int) -> int:
+    """A 63-bit seed; unlike a sum, neighbours do not collide (the finaliser of splitmix64)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (1 << 64) - 1
+        state ^= state >> 31
+    return state >> 1
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def _to(batch: Batch, device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

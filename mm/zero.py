@@ -1,0 +1,170 @@
+"""Where ZeRO keeps each parameter: the piece of it that this rank owns, and the whole of it put together.
+
+One view over DeepSpeed's stages (Rajbhandari et al. 2020), by parameter name: stage 0 keeps everything whole on every
+rank, stages 1 and 2 cut the optimizer's copy, stage 3 cuts the parameters too. Everything is fp32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements [start, start + weight.numel()) of a flattened parameter, which this rank owns."""
+
+    start: int
+    weight: Tensor
+    state_key: Tensor | None
+    """What the optimizer files its state under; None for a locked parameter."""
+    state_start: int
+    """Where the piece begins in the optimizer's flat state."""
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's piece of a whole tensor, in the shape of `weight`."""
+        return whole.reshape(-1)[self.start : self.start + self.weight.numel()].view(self.weight.shape)
+
+    def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+        """View of this piece of the optimizer's moment `key`, made with zeros where there was no step yet."""
+        assert self.state_key is not None
+        moment: Tensor = _state(optimizer, self.state_key)[key]
+        if moment.shape == self.weight.shape:
+            return moment
+        return moment.view(-1)[self.state_start : self.state_start + self.weight.numel()]
+
+    def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """The optimizer's count of steps; pieces of one flat group share it."""
+        assert self.state_key is not None
+        step: Tensor = _state(optimizer, self.state_key)["step"]
+        return step
+
+
+def _state(optimizer: torch.optim.Optimizer, key: Tensor) -> dict[str, Any]:
+    state = optimizer.state[key]
+    if not state:
+        on = key.device if optimizer.defaults.get("fused") else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+        state.update({moment: torch.zeros_like(key, memory_format=torch.preserve_format) for moment in MOMENTS})
+    return state
+
+
+class Shards:
+    """All parameters of a module that DeepSpeed has taken over, by name.
+
+    `ds` is the DeepSpeed engine. What is marked collective must be called by all ranks in the same order.
+    """
+
+    def __init__(self, ds: Any, module: nn.Module, stage: int) -> None:
+        self.stage = stage
+        self.optimizer: torch.optim.Optimizer = ds.basic_optimizer
+        self.parameters = dict(module.named_parameters())
+        self._zero = ds.optimizer
+        cut = {0: self._whole, 1: self._cut_state, 2: self._cut_state, 3: self._cut_all}[stage]
+        self.pieces: dict[str, Piece] = {}
+        for name, parameter in self.parameters.items():
+            piece = cut(parameter)
+            if piece is not None and piece.weight.numel():
+                self.pieces[name] = piece
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of the whole parameter."""
+        parameter = self.parameters[name]
+        return parameter.ds_shape if self.stage == 3 else parameter.shape
+
+    def weight(self, name: str) -> Tensor:
+        """The whole parameter. Collective."""
+        if self.stage < 3:
+            return self.parameters[name].detach()
+        return self.whole(name, lambda piece: piece.weight)
+
+    def moment(self, name: str, key: str) -> Tensor:
+        """The whole moment of a trained parameter. Collective."""
+        return self.whole(name, lambda piece: piece.moment(self.optimizer, key))
+
+    def steps(self, name: str) -> int:
+        """How many optimizer steps a trained parameter has seen. Collective."""
+        piece = self.pieces.get(name)
+        count = torch.zeros((), device=self._device(name))
+        if piece is not None:
+            count.copy_(piece.step(self.optimizer))
+        if self.stage > 0:
+            dist.all_reduce(count, dist.ReduceOp.MAX)
+        return int(count)
+
+    def whole(self, name: str, value: Callable[[Piece], Tensor]) -> Tensor:
+        """All ranks' pieces of something shaped like a parameter, put together. Collective.
+
+        The bits travel as integers: a sum with zeros would turn -0.0 into 0.0.
+        """
+        piece = self.pieces.get(name)
+        if self.stage == 0:
+            assert piece is not None
+            return value(piece).detach()
+        shape = self.shape(name)
+        bits = torch.zeros(shape.numel(), dtype=torch.int32, device=self._device(name))
+        if piece is not None:
+            bits[piece.start : piece.start + piece.weight.numel()] = value(piece).detach().reshape(-1).view(torch.int32)
+        dist.all_reduce(bits)
+        return bits.view(torch.float32).view(shape)
+
+    @torch.no_grad()
+    def set_weight(self, name: str, whole: Tensor) -> None:
+        """Give a parameter a new value, which all ranks know. Between `begin_writing` and `end_writing`."""
+        whole = whole.to(self._device(name))
+        if self.stage < 3:
+            self.parameters[name].copy_(whole)
+        piece = self.pieces.get(name)
+        if piece is not None:
+            piece.weight.copy_(piece.of(whole))
+
+    @torch.no_grad()
+    def set_moment(self, name: str, key: str, whole: Tensor, steps: int) -> None:
+        """Give a trained parameter's moment a new value, and its count of steps."""
+        piece = self.pieces.get(name)
+        if piece is not None:
+            piece.moment(self.optimizer, key).copy_(piece.of(whole))
+            piece.step(self.optimizer).fill_(steps)
+
+    def begin_writing(self) -> None:
+        """Release what stage 3 has gathered, so that nothing stale is used. Collective."""
+        if self.stage == 3:
+            self._zero.checkpoint_event_prologue()
+
+    def end_writing(self) -> None:
+        """Gather again what stage 3 keeps whole on each rank. Collective."""
+        if self.stage == 3:
+            self._zero.checkpoint_event_epilogue()
+
+    def _device(self, name: str) -> torch.device:
+        return self.parameters[name].device
+
+    def _whole(self, parameter: nn.Parameter) -> Piece:
+        return Piece(0, parameter.detach(), parameter if parameter.requires_grad else None, 0)
+
+    def _cut_state(self, parameter: nn.Parameter) -> Piece | None:
+        if not parameter.requires_grad:
+            return self._whole(parameter)
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        return Piece(mapping.lp_fragment_address.start, mapping.hp_fragment, flat, mapping.hp_fragment_address.start)
+
+    def _cut_all(self, parameter: nn.Parameter) -> Piece:
+        held = parameter.ds_tensor.numel()
+        start = held * dist.get_rank()
+        length = max(0, min(held, parameter.ds_numel - start))
+        weight = parameter.ds_tensor.detach().view(-1)[:length]
+        if not parameter.requires_grad:
+            return Piece(start, weight, None, 0)
+        group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        flat = self._zero.fp32_partitioned_groups_flat[group]
+        # in fp32 DeepSpeed trains the partitions themselves, without a second copy
+        assert length == 0 or flat[offset:].data_ptr() == weight.data_ptr()
+        return Piece(start, weight, flat, offset)
