@@ -48,30 +48,30 @@ def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
 
     Raises UserError with all mistakes, one a line.
     """
+    unreadable: list[str] = []
     mistakes: list[str] = []
+    data: dict[str, Any] = {}
     try:
         data = _read(path) if path else {}
     except UserError as error:
-        data, unreadable = {}, str(error)
-        mistakes.append(unreadable)
-    else:
-        unreadable = ""
+        unreadable = [str(error)]
     for override in overrides:
         try:
             _override(cls, data, override)
         except UserError as error:
             mistakes.append(str(error))
-    try:
-        config = cls.model_validate(_complete([cls], data, None))
-    except ValidationError as error:
-        mistakes += [] if unreadable else explain(cls, error)
-    if not mistakes:
-        return config
-    if mistakes == [unreadable]:
-        raise UserError(unreadable)
-    source = str(path) if path else "the config"
+    if not unreadable:
+        try:
+            config = cls.model_validate(_complete([cls], data, None))
+            if not mistakes:
+                return config
+        except ValidationError as error:
+            mistakes += explain(cls, error)
+    elif not mistakes:
+        raise UserError(unreadable[0])
+    mistakes = unreadable + mistakes
     count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    raise UserError("\n  ".join([f"{count} in {source}:", *mistakes]))
+    raise UserError("\n  ".join([f"{count} in {path or 'the config'}:", *mistakes]))
 
 
 def dump(config: Config) -> str:

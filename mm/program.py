@@ -1,4 +1,4 @@
-"""How a program starts and ends: exit status, errors for users, quiet libraries, teardown that cannot abort."""
+"""How a program starts and ends: exit status, errors for users, quiet libraries, an end that cannot abort."""
 
 import contextlib
 import errno
@@ -6,25 +6,30 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import NoReturn
 
 from mm.errors import UserError
+
+_OTHERS_WAIT_S = 3.0  # for rank 0 to raise the same error
+_TEARDOWN_S = 10.0
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(sys.argv[1:])` as a program and end the process.
 
-    Exit status: 0 done, 1 failed, 2 the user's mistake (UserError: its message alone, from rank 0), 130 Ctrl-C.
+    Exit status: 0 done, 1 failed, 2 the user's mistake (UserError: its message alone, once), 130 Ctrl-C.
     """
     quiet()
-    status = _status(main, sys.argv[1:])
-    end(status)
+    end(status_of(main, sys.argv[1:]))
 
 
-def _status(main: Callable[[list[str]], None], argv: list[str]) -> int:
+def status_of(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Exit status of `main(argv)`, having told the user what went wrong."""
     try:
         main(argv)
     except SystemExit as stop:
@@ -33,38 +38,43 @@ def _status(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print(stop.code, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        _say("interrupted")
+        if _rank() == "0":
+            print("interrupted", file=sys.stderr)
         return 130
     except UserError as error:
-        _say(f"error: {error}")
+        if _rank() == "0":
+            print(f"error: {error}", file=sys.stderr)
+            _tell_other_ranks()
+        elif not _rank_0_says_it():
+            print(f"error on rank {_rank()}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" while writing {error.filename}" if error.filename else ""
-            _say(f"error: the disk is full{where}; earlier checkpoints are intact", every_rank=True)
+            where = f" (writing {error.filename})" if error.filename else ""
+            print(f"error: the disk is full{where}; earlier checkpoints are intact", file=sys.stderr)
         else:
             traceback.print_exc()
         return 1
     return 0
 
 
-def _say(message: str, every_rank: bool = False) -> None:
-    if every_rank or os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
-
-
 def end(status: int) -> NoReturn:
     """Flush, stop worker processes and the process group, and leave without the interpreter's teardown.
 
-    Threads of gloo, autograd and DeepSpeed outlive their owners there: about one of ten two-rank runs aborted after
-    all its work was done.
+    Threads of gloo and of DeepSpeed outlive their owners there: about one of ten two-rank runs aborted after all
+    its work was done.
     """
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    for child in children:
         child.terminate()
-    for child in multiprocessing.active_children():
+    for child in children:
         child.join(timeout=5)
         if child.is_alive():
             child.kill()
+    if status == 0 and _in_process_group():
+        leaving = threading.Thread(target=_leave_process_group, daemon=True)
+        leaving.start()
+        leaving.join(_TEARDOWN_S)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # the reader of a pipe may be gone
@@ -73,7 +83,56 @@ def end(status: int) -> NoReturn:
 
 
 def quiet() -> None:
-    """Silence what libraries say and a user can do nothing about. Called before they are imported."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Silence what libraries say and a user can do nothing about. To be called before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning for each forked worker
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # their calls into each other's deprecated functions: theirs to mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed|timm|transformers|open_clip)\b")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|deepspeed|timm|transformers)\b")
+    logging.getLogger("DeepSpeed").addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def _in_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _leave_process_group() -> None:
+    import torch.distributed as dist
+
+    with contextlib.suppress(RuntimeError):  # another rank has failed or is gone
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _tell_other_ranks() -> None:
+    if _in_process_group():
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        with contextlib.suppress(RuntimeError):
+            _get_default_store().set("mm/user_error", "said")
+
+
+def _rank_0_says_it() -> bool:
+    """Whether rank 0 raises the same error; before ranks are joined they all read the same config, so it does."""
+    if not _in_process_group():
+        return True
+    from torch.distributed import DistStoreError
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        _get_default_store().wait(["mm/user_error"], timedelta(seconds=_OTHERS_WAIT_S))
+    except DistStoreError:
+        return False
+    except RuntimeError:  # the store went with rank 0
+        return True
+    return True

@@ -1,0 +1,215 @@
+"""One JSON line an event; console progress; TensorBoard, W&B where asked."""
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from mm.config import Config
+from mm.errors import UserError
+
+_console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+class LogConfig(Config):
+    """What is written about a run, and where."""
+
+    every: int = Field(10, ge=1)
+    """Steps between two training lines in metrics.jsonl and on the console."""
+    tensorboard: bool = True
+    """Write TensorBoard files into the run folder."""
+    wandb: str | None = None
+    """W&B project to log to; null for none."""
+
+
+class Log:
+    """The record of a run: `metrics.jsonl` (one JSON object a line), the console, TensorBoard, W&B.
+
+    One for the whole job: ranks other than the first pass `enabled=False`, which makes every call do nothing.
+    A context manager; leaving it writes out what is buffered. `start` is the step a resumed run goes on from:
+    later TensorBoard points are hidden, as `cut` does for the lines.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        enabled: bool = True,
+        start: int = 0,
+    ) -> None:
+        self.every = every
+        self._enabled = enabled
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        if wandb is not None:
+            self._wandb = _start_wandb(wandb, folder)
+
+    def event(self, name: str, step: int, samples: int, **fields: Any) -> None:
+        """Write one line `{"event": name, "step": step, "samples": samples, **fields}`, on disk at once.
+
+        Numbers and 0-D tensors keep their full precision; NaN and infinities become "nan", "inf", "-inf", so that
+        every line is strict JSON. Numbers also go to TensorBoard and W&B under `name/field`.
+        """
+        if not self._enabled:
+            return
+        record = {"event": name, "step": step, "samples": samples, **fields}
+        self._file.write(json.dumps(_strict(record), allow_nan=False, ensure_ascii=False) + "\n")
+        self._file.flush()
+        scalars = dict(_scalars(fields, name))
+        if self._tensorboard is not None:
+            for tag, value in scalars.items():
+                self._tensorboard.add_scalar(tag, value, step)
+        if self._wandb is not None:
+            self._wandb.log({**scalars, "samples": samples}, step=step)
+
+    def progress(
+        self, step: int, samples: int, total: int, *, loss: float, samples_per_s: float, data_wait: float
+    ) -> None:
+        """Show how far the run is: a live bar on a terminal, else a plain line each `every` steps and at the end.
+
+        `samples` of `total` are done; `data_wait` is the share (0 to 1) of the time spent waiting for data.
+        """
+        if not self._enabled:
+            return
+        if _console.is_terminal:
+            if self._bar is None:
+                self._bar = _live_bar()
+                self._task = self._bar.add_task("", total=total, completed=samples, figures="")
+            figures = f"loss {loss:.4f}  {samples_per_s:,.0f} samples/s  data wait {data_wait:.0%}"
+            self._bar.update(self._task, completed=samples, figures=figures)
+        elif step % self.every == 0 or samples >= total:
+            left = (total - samples) / samples_per_s if samples_per_s > 0 else math.inf
+            message(
+                f"step {step}  {samples:,}/{total:,} samples  loss {loss:.4f}  {samples_per_s:,.0f} samples/s  "
+                f"data wait {data_wait:.0%}  ETA {duration(left)}"
+            )
+
+    def close(self) -> None:
+        """End the live bar and write out what is buffered; further calls are an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._enabled:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def message(text: str) -> None:
+    """A line for a human on the console, from rank 0 alone; a live bar stays below it."""
+    if os.environ.get("RANK", "0") == "0":
+        _console.print(text)
+        if not _console.is_terminal:
+            sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`; `unknown` when infinite."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def cut(path: Path, step: int) -> None:
+    """Drop the lines of a JSON-lines file that are later than a step, and a torn last line.
+
+    What remains is the history of the weights that a resumed run goes on from. Lines without a step stay. The file
+    is replaced in one move; a missing file is none.
+    """
+    if not path.exists():
+        return
+    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_until(line, step)]
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as new:
+        new.writelines(kept)
+        new.flush()
+        os.fsync(new.fileno())
+    os.chmod(new.name, path.stat().st_mode)
+    os.replace(new.name, path)
+
+
+def _is_until(line: bytes, step: int) -> bool:
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and record.get("step", step) <= step
+
+
+def _strict(value: Any) -> Any:
+    """A value as strict JSON holds it."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case Mapping():
+            return {str(key): _strict(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_strict(item) for item in value]
+    return _strict(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def _scalars(fields: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for key, value in fields.items():
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}/{key}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}/{key}", float(value)
+
+
+def _live_bar() -> Progress:
+    bar = Progress(
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} samples"),
+        BarColumn(),
+        TextColumn("{task.fields[figures]}  ETA"),
+        TimeRemainingColumn(),
+        console=_console,
+    )
+    bar.start()
+    return bar
+
+
+def _start_wandb(project: str, folder: Path) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise UserError("log.wandb needs the package wandb: pip install wandb, or set log.wandb=null") from None
+    return wandb.init(project=project, name=folder.name, dir=str(folder))
