@@ -1,0 +1,234 @@
+"""Image encoders: any timm network by name; `open_clip:NAME` leads to `mm.encoders.open_clip`."""
+
+import difflib
+import sys
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.encoders import Features
+from mm.encoders.tower import Tower
+from mm.encoders.weights import from_hub, load_strictly, read_weights, weights_file
+from mm.errors import UserError
+
+OPEN_CLIP = "open_clip:"
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
+ResizeMode = Literal["shortest", "longest", "squash"]
+
+
+class ImageConfig(Config):
+    """The image tower."""
+
+    name: str = "vit_base_patch16_224"
+    """a timm network, or open_clip:NAME, open_clip:/path/to/config.json"""
+    size: int | None = None
+    """height and width of its input in pixels; null: what the network was made for"""
+    pretrained: bool | str = False
+    """true: published weights (a timm tag is part of the name, as in resnet50.a1_in1k); for open_clip the tag"""
+    weights: str | None = None
+    """a local weights file (safetensors or torch), or package:NAME for the one inside an installed Python package"""
+    pooling: str = "auto"
+    """how places become one vector: auto (the network's own), or a timm pooling such as avg, token, map"""
+    checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    patch_dropout: float = 0.0
+    """share of patches left out in training (FLIP); for ViTs"""
+    drop_path: float | None = None
+    """stochastic depth; null: the network's own"""
+    frozen_batchnorm: bool = False
+    """keep BatchNorm's statistics and weights as they are, in training too"""
+    lock: bool = False
+    """do not train this tower (LiT)"""
+    unlock_last: int = 0
+    """with lock: how many of its last layers are trained all the same"""
+    mean: tuple[float, float, float] | None = None
+    """mean of the pixels in [0, 1]; null: what the network was trained with"""
+    std: tuple[float, float, float] | None = None
+    """deviation of the pixels in [0, 1]; null: what the network was trained with"""
+    interpolation: Interpolation | None = None
+    """how images are resized: bilinear, bicubic or nearest; null: as the network was trained"""
+    resize_mode: ResizeMode | None = None
+    """shortest side to size, then crop; longest side to size, then pad; or squash; null: as it was trained"""
+    kwargs: dict[str, Any] = {}
+    """further arguments of the timm network, such as {depth: 6}"""
+
+
+class ImageEncoder(Tower):
+    """Base of the image encoders: normalises pixels and runs its trunk, which gives (pooled, tokens)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, trunk: nn.Module, *, width: int, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.width = width
+        self.spec = spec
+        """everything that `image_encoder` needs to build this encoder again, as JSON values"""
+        self.size: tuple[int, int] = (spec["size"], spec["size"])
+        self.interpolation: str = spec["interpolation"]
+        self.resize_mode: str = spec["resize_mode"]
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(spec[name]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Features:
+        """images (B, 3, H, W), uint8 or float in [0, 1]."""
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        with self.gradients():
+            pooled, tokens = self.trunk((pixels - self.mean) / self.std)
+        return Features(pooled, tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool))
+
+
+class TimmEncoder(ImageEncoder):
+    """A timm network without its classifier (Wightman 2019, https://github.com/huggingface/pytorch-image-models)."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        trunk = _create(spec)
+        # forward_features alone would pass by the hooks on the trunk (ZeRO-3 gathers its own parameters there)
+        trunk.forward = MethodType(_pooled_and_tokens, trunk)  # type: ignore[assignment]
+        super().__init__(trunk, width=getattr(trunk, "head_hidden_size", trunk.num_features), spec=spec)
+        if spec["checkpointing"]:
+            try:
+                trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+            except (AssertionError, AttributeError) as error:
+                raise UserError(
+                    f"{spec['name']} has no gradient checkpointing; set checkpointing to false"
+                ) from error
+
+    def layers(self) -> list[list[str]]:
+        from timm.models import group_parameters
+
+        groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False))  # type: ignore[operator]
+        return [[f"trunk.{name}" for name in groups[depth]] for depth in sorted(groups)]
+
+
+def build_image_encoder(config: ImageConfig) -> ImageEncoder:
+    """The encoder that `config` describes, with its weights. Raises UserError for what does not exist or fit."""
+    if config.unlock_last and not config.lock:
+        raise UserError(f"unlock_last {config.unlock_last} says nothing without lock: true")
+    if config.name.startswith(OPEN_CLIP):
+        from mm.encoders.open_clip import build_open_clip_image
+
+        encoder: ImageEncoder = build_open_clip_image(config)
+    else:
+        encoder = _build_timm(config)
+    if config.frozen_batchnorm:
+        encoder.freeze_batchnorm()
+    if config.lock:
+        encoder.lock(config.unlock_last)
+    return encoder
+
+
+def image_encoder(spec: dict[str, Any]) -> ImageEncoder:
+    """The encoder of a `spec`, with random weights: needs no file and no network."""
+    from mm.encoders.open_clip import OpenClipImageEncoder
+
+    kinds: dict[str, type[ImageEncoder]] = {"timm": TimmEncoder, "open_clip": OpenClipImageEncoder}
+    return kinds[spec["kind"]](spec)  # type: ignore[call-arg,arg-type]
+
+
+def _build_timm(config: ImageConfig) -> TimmEncoder:
+    import timm
+
+    if not timm.is_model(config.name):
+        close = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=4)
+        advice = f"closest: {', '.join(close)}" if close else "timm.list_models() has all names"
+        raise UserError(f"there is no image model {config.name!r}; {advice}")
+    if isinstance(config.pretrained, str):
+        raise UserError(
+            f"a timm tag is part of the name: name: {config.name}.{config.pretrained}, pretrained: true"
+        )
+    if config.pretrained and config.weights:
+        raise UserError("pretrained and weights are both given; keep one")
+    published = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    if published is None:
+        raise UserError(
+            f"timm has no weights {config.name!r}; it has {', '.join(timm.list_pretrained(config.name.split('.')[0] + '*'))}"
+        )
+    spec = {
+        "kind": "timm",
+        "name": config.name,
+        "size": config.size or published.input_size[-1],
+        "given_size": bool(published.fixed_input_size),
+        "pooling": config.pooling,
+        "patch_dropout": config.patch_dropout,
+        "drop_path": config.drop_path,
+        "kwargs": config.kwargs,
+        "checkpointing": config.checkpointing,
+        "mean": list(config.mean or published.mean),
+        "std": list(config.std or published.std),
+        "interpolation": config.interpolation or published.interpolation,
+        "resize_mode": config.resize_mode or ("squash" if published.crop_mode == "squash" else "shortest"),
+    }
+    encoder = TimmEncoder(spec)
+    _check_size(encoder, config.name)
+    if config.pretrained:
+        with from_hub(f"pretrained weights of {config.name}"):
+            encoder.trunk.load_state_dict(_create(spec, pretrained=True).state_dict())
+    if config.weights:
+        _load_file(encoder.trunk, config.weights, published.classifier)
+    return encoder
+
+
+def _create(spec: dict[str, Any], pretrained: bool = False) -> nn.Module:
+    import timm
+
+    arguments = dict(spec["kwargs"])
+    if spec["given_size"]:
+        arguments["img_size"] = spec["size"]
+    if spec["pooling"] != "auto":
+        arguments["global_pool"] = spec["pooling"]
+    if spec["patch_dropout"]:
+        arguments["patch_drop_rate"] = spec["patch_dropout"]
+    if spec["drop_path"] is not None:
+        arguments["drop_path_rate"] = spec["drop_path"]
+    try:
+        return timm.create_model(spec["name"], pretrained=pretrained, num_classes=0, **arguments)
+    except (TypeError, AssertionError, ValueError) as error:
+        if "patch_drop_rate" in str(error):
+            raise UserError(f"patch_dropout is for ViTs; {spec['name']} has none") from error
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise UserError(f"timm cannot make {spec['name']} with {given}: {error}") from error
+
+
+def _pooled_and_tokens(trunk: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    places = trunk.forward_features(images)
+    pooled = trunk.forward_head(places)
+    if places.ndim == 4:  # a map: (B, C, H, W), or (B, H, W, C) in networks that say so
+        places = (
+            places.flatten(1, 2) if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else places.flatten(2).mT
+        )
+    return pooled, places
+
+
+def _check_size(encoder: TimmEncoder, name: str) -> None:
+    size = encoder.size[0]
+    patches = getattr(encoder.trunk, "patch_embed", None)
+    patch = getattr(patches, "patch_size", None)
+    if patch and size % patch[0]:
+        below = size // patch[0] * patch[0]
+        fit = f"{below} or {below + patch[0]}" if below else str(patch[0])
+        raise UserError(f"size {size} does not fit {name}: it must be a multiple of {patch[0]}; use {fit}")
+    if size == encoder.trunk.default_cfg["input_size"][-1]:  # type: ignore[index]
+        return
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"size {size} does not fit {name}: {error}") from error
+    finally:
+        encoder.train()
+
+
+def _load_file(trunk: nn.Module, weights: str, classifier: str | tuple[str, ...] | None) -> None:
+    path = weights_file(weights)
+    state = read_weights(path)
+    # each timm family knows how to read its checkpoints' older names and other sizes
+    adapt = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+    if adapt is not None and trunk.state_dict().keys() & state.keys():
+        state = adapt(state, trunk)
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    load_strictly(trunk, state, path, ignore=tuple(f"{head}." for head in heads))

@@ -1,0 +1,369 @@
+"""Text encoders: any BERT-family transformers encoder; `open_clip:NAME` leads to `mm.encoders.open_clip`."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mm.config import Config
+from mm.encoders import Features
+from mm.encoders.image import OPEN_CLIP
+from mm.encoders.tower import Tower, layers_around_blocks
+from mm.encoders.weights import from_hub, load_strictly, model_folder, read_weights, weights_file
+from mm.errors import UserError
+
+PRESETS = ("bert", "roberta")
+# for "did you mean": the hub cannot be listed
+KNOWN = (
+    *PRESETS,
+    "bert-base-uncased",
+    "bert-base-multilingual-cased",
+    "bert-large-uncased",
+    "distilbert-base-uncased",
+    "roberta-base",
+    "roberta-large",
+    "xlm-roberta-base",
+    "microsoft/mpnet-base",
+    "answerdotai/ModernBERT-base",
+    "sentence-transformers/all-MiniLM-L6-v2",
+    "sentence-transformers/all-mpnet-base-v2",
+)
+DEFAULT_CONTEXT = 77
+Pooling = Literal["auto", "cls", "mean", "pooler"]
+
+
+class TextConfig(Config):
+    """The text tower."""
+
+    name: str = "bert"
+    """a transformers encoder on the hub or in a folder, package:NAME, bert or roberta (random), or open_clip:NAME"""
+    pretrained: bool | str = False
+    """true: its published weights, false: random ones; for open_clip the tag"""
+    weights: str | None = None
+    """a local weights file (safetensors or torch), or package:NAME for the one inside an installed Python package"""
+    tokenizer: str | None = None
+    """where the tokenizer comes from: hub name, folder or package:NAME; null: the same as name"""
+    context_length: int | None = None
+    """most tokens of a text, longer ones are cut; null: 77, or what the network can read if that is less"""
+    pooling: Pooling = "auto"
+    """cls, mean or pooler; auto: what the checkpoint was trained with"""
+    layers: int | None = None
+    """layers of a random network; null: as its config says"""
+    width: int | None = None
+    """width of a random network; null: as its config says"""
+    heads: int | None = None
+    """attention heads of a random network; null: as its config says"""
+    dropout: float | None = None
+    """dropout of activations and attention; null: as its config says"""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """which attention code runs"""
+    checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    lock: bool = False
+    """do not train this tower (LiT)"""
+    unlock_last: int = 0
+    """with lock: how many of its last layers are trained all the same"""
+
+
+class Tokenizer:
+    """Text to token ids, by the Rust tokenizer of a transformers checkpoint. Pickles to workers."""
+
+    def __init__(self, hf: Any, context_length: int) -> None:
+        self.hf = hf
+        self.backend = hf.backend_tokenizer
+        self.backend.no_padding()
+        self.backend.enable_truncation(max_length=context_length)
+        self.context_length = context_length
+        self.pad_id: int = hf.pad_token_id
+        self.left: bool = hf.padding_side == "left"
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids with the special tokens in, at most `context_length`."""
+        ids: list[int] = self.backend.encode(text).ids
+        return ids
+
+    def pad(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids (B, L) int64 and mask (B, L) bool, L the longest of `ids`; on the side the tokenizer pads."""
+        length = max(map(len, ids))
+        padded = torch.full((len(ids), length), self.pad_id, dtype=torch.int64)
+        mask = torch.zeros(len(ids), length, dtype=torch.bool)
+        for row, one in enumerate(ids):
+            place = slice(length - len(one), None) if self.left else slice(len(one))
+            padded[row, place] = torch.tensor(one, dtype=torch.int64)
+            mask[row, place] = True
+        return padded, mask
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `transformers` opens."""
+        self.hf.save_pretrained(folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "hf": None}  # workers need the Rust part alone
+
+
+class TextEncoder(Tower):
+    """Base of the text encoders."""
+
+    width: int
+    tokenizer: Any
+    spec: dict[str, Any]
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Features:
+        """input_ids (B, L) int64, mask (B, L) bool."""
+        raise NotImplementedError
+
+
+class BertEncoder(TextEncoder):
+    """A transformers encoder (BERT, Devlin et al. 2019, arXiv:1810.04805, and its family)."""
+
+    def __init__(self, spec: dict[str, Any], tokenizer: Tokenizer, trunk: nn.Module | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.trunk = _random(spec) if trunk is None else trunk
+        self.tokenizer = tokenizer
+        self.width = self.trunk.config.hidden_size  # type: ignore[union-attr,assignment]
+        self.pooling: str = spec["pooling"]
+        if self.pooling == "pooler" and getattr(self.trunk, "pooler", None) is None:
+            raise UserError(f"pooling 'pooler' needs a pooler, and {spec['name']} has none; use cls or mean")
+        if spec["checkpointing"]:
+            if not self.trunk.supports_gradient_checkpointing:
+                raise UserError(f"{spec['name']} has no gradient checkpointing; set checkpointing to false")
+            self.trunk.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Features:
+        with self.gradients():
+            output = self.trunk(input_ids=input_ids, attention_mask=mask.long())
+            tokens = output.last_hidden_state
+            if self.pooling == "pooler":
+                pooled = output.pooler_output
+            elif self.pooling == "mean":
+                weights = mask.unsqueeze(-1).float()
+                pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+            else:
+                first = mask.int().argmax(1)  # the padding may be on the left
+                pooled = tokens[torch.arange(len(tokens), device=tokens.device), first]
+        return Features(pooled, tokens, mask)
+
+    def layers(self) -> list[list[str]]:
+        groups = layers_around_blocks(self.trunk, first=("embeddings",), last=("pooler",))
+        return [[f"trunk.{name}" for name in group] for group in groups]
+
+
+def build_text_encoder(config: TextConfig) -> TextEncoder:
+    """The encoder that `config` describes, with its weights. Raises UserError for what does not exist or fit."""
+    if config.unlock_last and not config.lock:
+        raise UserError(f"unlock_last {config.unlock_last} says nothing without lock: true")
+    if config.name.startswith(OPEN_CLIP):
+        from mm.encoders.open_clip import build_open_clip_text
+
+        encoder: TextEncoder = build_open_clip_text(config)
+    else:
+        encoder = _build_bert(config)
+    if config.lock:
+        encoder.lock(config.unlock_last)
+    return encoder
+
+
+def text_encoder(spec: dict[str, Any], tokenizer_folder: Path) -> TextEncoder:
+    """The encoder of a `spec`, with random weights and the tokenizer in a folder: needs no network."""
+    if spec["kind"] == "open_clip":
+        from mm.encoders.open_clip import OpenClipTextEncoder, load_tokenizer
+
+        return OpenClipTextEncoder(spec, load_tokenizer(spec, tokenizer_folder))
+    return BertEncoder(spec, Tokenizer(_hf_tokenizer(str(tokenizer_folder)), spec["context_length"]))
+
+
+def _build_bert(config: TextConfig) -> BertEncoder:
+    if isinstance(config.pretrained, str):
+        raise UserError(
+            f"pretrained: {config.pretrained!r} is for open_clip; {config.name} takes true or false"
+        )
+    if config.pretrained and config.weights:
+        raise UserError("pretrained and weights are both given; keep one")
+    if config.name in PRESETS and not config.tokenizer:
+        raise UserError(
+            f"name: {config.name} has no words of its own; give tokenizer: a hub name, folder or package:NAME"
+        )
+    if config.name in PRESETS and config.pretrained:
+        raise UserError(
+            f"name: {config.name} is a random network; give a hub name or a folder for pretrained weights"
+        )
+    shape = {"layers": config.layers, "width": config.width, "heads": config.heads}
+    given = [key for key, value in shape.items() if value is not None]
+    if config.pretrained and given:
+        raise UserError(f"{', '.join(given)} cannot be chosen for a pretrained network; leave them out")
+
+    source = model_folder(config.name)
+    with from_hub(f"the tokenizer {config.tokenizer or config.name!r}"):
+        hf_tokenizer = _hf_tokenizer(model_folder(config.tokenizer or config.name))
+    hf_config = _shaped(_hf_config(config.name, source, hf_tokenizer), config)
+    if len(hf_tokenizer) > hf_config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(hf_tokenizer)} words, {config.name} only {hf_config.vocab_size}; choose the one it was trained with"
+        )
+    pooling = _trained_pooling(config.name, source) if config.pooling == "auto" else config.pooling
+    spec: dict[str, Any] = {
+        "kind": "bert",
+        "name": config.name,
+        "hf": json.loads(hf_config.to_json_string(use_diff=False)),
+        "pooling": pooling,
+        "attention": config.attention,
+        "checkpointing": config.checkpointing,
+    }
+    if config.pretrained:
+        with from_hub(f"pretrained weights of {config.name}"):
+            trunk = _pretrained(source, hf_config, spec)
+    else:
+        trunk = _random(spec)
+    spec["context_length"] = _context_length(config, trunk)
+    encoder = BertEncoder(spec, Tokenizer(hf_tokenizer, spec["context_length"]), trunk)
+    if config.weights:
+        path = weights_file(config.weights)
+        state = read_weights(path)
+        prefix = f"{trunk.base_model_prefix}."
+        if all(not name.startswith(prefix) for name in state):
+            prefix = ""
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        load_strictly(trunk, state, path, ignore=("pooler.", "cls.", "embeddings.position_ids"))
+    return encoder
+
+
+def _hf_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if getattr(tokenizer, "backend_tokenizer", None) is None or tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer {source!r} has no fast form or no padding token; choose another")
+    return tokenizer
+
+
+def _hf_config(name: str, source: str, tokenizer: Any) -> Any:
+    from transformers import AutoConfig
+
+    if name in PRESETS:
+        special = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        return AutoConfig.for_model(name, vocab_size=len(tokenizer), **special)
+    try:
+        with from_hub(f"the text model {name!r}"):
+            config = AutoConfig.from_pretrained(source)
+    except UserError as error:
+        close = [near for near in difflib.get_close_matches(name, KNOWN, n=3) if near != name]
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise UserError(f"{hint}{error}; {' and '.join(PRESETS)} with tokenizer: need no network") from error
+    if config.is_encoder_decoder:
+        raise UserError(f"{name} is an encoder-decoder; choose an encoder such as BERT")
+    return config
+
+
+def _shaped(hf_config: Any, config: TextConfig) -> Any:
+    if config.layers is not None:
+        hf_config.num_hidden_layers = config.layers
+    if config.width is not None:
+        hf_config.intermediate_size = hf_config.intermediate_size * config.width // hf_config.hidden_size
+        hf_config.hidden_size = config.width
+        if config.heads is None and config.width % 64 == 0:
+            hf_config.num_attention_heads = config.width // 64
+    if config.heads is not None:
+        hf_config.num_attention_heads = config.heads
+    if hf_config.hidden_size % hf_config.num_attention_heads:
+        raise UserError(
+            f"width {hf_config.hidden_size} is not a multiple of heads {hf_config.num_attention_heads}"
+        )
+    if config.dropout is not None:
+        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+            if hasattr(hf_config, key):
+                setattr(hf_config, key, config.dropout)
+    return hf_config
+
+
+def _random(spec: dict[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    values = dict(spec["hf"])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    arguments = {"attn_implementation": spec["attention"], "dtype": torch.float32}
+    try:
+        return AutoModel.from_config(config, add_pooling_layer=spec["pooling"] == "pooler", **arguments)
+    except TypeError:  # a family that never has a pooler
+        return AutoModel.from_config(config, **arguments)
+
+
+def _pretrained(source: str, hf_config: Any, spec: dict[str, Any]) -> nn.Module:
+    from transformers import AutoModel
+
+    arguments = {
+        "config": hf_config,
+        "attn_implementation": spec["attention"],
+        "dtype": torch.float32,
+        "output_loading_info": True,
+    }
+    try:
+        trunk, info = AutoModel.from_pretrained(
+            source, add_pooling_layer=spec["pooling"] == "pooler", **arguments
+        )
+    except TypeError:
+        trunk, info = AutoModel.from_pretrained(source, **arguments)
+    missing = sorted(info["missing_keys"])
+    if any(name.startswith("pooler.") for name in missing):
+        raise UserError(
+            f"pooling 'pooler' needs a trained pooler, and {spec['name']} has none; use cls or mean"
+        )
+    if missing:
+        raise UserError(
+            f"the weights of {spec['name']} lack {len(missing)} tensors, such as {', '.join(missing[:3])}"
+        )
+    module: nn.Module = trunk
+    return module
+
+
+def _trained_pooling(name: str, source: str) -> str:
+    """What sentence-transformers wrote down beside the checkpoint, else the first token."""
+    if name in PRESETS:
+        return "cls"
+    modules = _json(source, "modules.json") or []
+    path = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
+    modes = _json(source, f"{path}/config.json") if path is not None else None
+    if not modes:
+        return "cls"
+    found = [
+        mode
+        for mode, key in (("mean", "mean_tokens"), ("cls", "cls_token"))
+        if modes.get(f"pooling_mode_{key}")
+    ]
+    if modes.get("pooling_mode") in ("mean", "cls"):
+        found = [modes["pooling_mode"]]
+    if len(found) != 1:
+        raise UserError(
+            f"{name} was trained with a pooling that is not offered here; choose pooling: cls or mean"
+        )
+    return found[0]
+
+
+def _json(source: str, file: str) -> Any:
+    from transformers.utils import cached_file
+
+    with from_hub(f"{file} of {source}"):
+        path = cached_file(
+            source,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+
+
+def _context_length(config: TextConfig, trunk: Any) -> int:
+    positions = getattr(getattr(trunk, "embeddings", None), "position_embeddings", None)
+    if isinstance(positions, nn.Embedding):
+        # RoBERTa counts positions from its padding index on
+        limit = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+    else:
+        limit = getattr(trunk.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    if config.context_length is not None and config.context_length > limit:
+        raise UserError(
+            f"context_length {config.context_length} is more than {config.name} can read; use at most {limit}"
+        )
+    return config.context_length or min(DEFAULT_CONTEXT, limit)

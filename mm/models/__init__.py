@@ -1,0 +1,1 @@
+"""Models: parents that receive built encoders."""

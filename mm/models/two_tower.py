@@ -1,0 +1,227 @@
+"""A model that puts images and texts into one space."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from mm.config import Config
+from mm.encoders.image import ImageConfig, ImageEncoder, build_image_encoder
+from mm.encoders.text import TextConfig, TextEncoder, build_text_encoder
+from mm.errors import UserError
+
+DEFAULT_DIM = 512
+
+
+class TwoTowerConfig(Config):
+    """An image tower and a text tower that meet in one space."""
+
+    image: ImageConfig = ImageConfig()
+    """the image tower"""
+    text: TextConfig = TextConfig()
+    """the text tower"""
+    projection: Literal["linear", "mlp", "none"] = "linear"
+    """how each tower's width becomes dim: linear (without bias), mlp, or none"""
+    dim: int | None = None
+    """size of the common space; null: 512, and with projection none the towers' own width"""
+    scale_init: float = 1 / 0.07
+    """first value of the factor on the cosines (CLIP 1/0.07, SigLIP 10)"""
+    scale_max: float = 100.0
+    """the factor's upper limit; its lower one is 1"""
+    bias_init: float | None = None
+    """first value of the term added to the scaled cosines, for the sigmoid loss (SigLIP -10); null: there is none"""
+    bias_max: float = 100.0
+    """limit of that term on both sides"""
+
+
+class TwoTowerOutput(NamedTuple):
+    """What the towers say about a batch."""
+
+    image: Tensor | None
+    """(B, D) float32, unit rows"""
+    text: Tensor | None
+    """(B, D) float32, unit rows"""
+    scale: Tensor
+    """(1,) float32"""
+    bias: Tensor | None
+    """(1,) float32"""
+
+
+class _Clamp(torch.autograd.Function):
+    """Clamp whose gradient stops only what would lead further out, so that a value at its limit can leave it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.limits = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Any) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        low, high = ctx.limits  # type: ignore[attr-defined]
+        # a step goes against the gradient
+        further = ((x >= high) & (grad < 0)) | ((x <= low) & (grad > 0))
+        return grad.masked_fill(further, 0.0), None, None
+
+
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """x within [low, high]; at and beyond a limit the gradient passes only when it leads back."""
+    result: Tensor = _Clamp.apply(x, low, high)  # type: ignore[no-untyped-call]
+    return result
+
+
+class TwoTower(nn.Module):
+    """Two encoders, each projected to unit vectors in one space.
+
+    CLIP (Radford et al. 2021, arXiv:2103.00020); with a bias SigLIP (Zhai et al. 2023, arXiv:2303.15343).
+    """
+
+    def __init__(
+        self,
+        image: ImageEncoder,
+        text: TextEncoder,
+        *,
+        dim: int | None = None,
+        projection: str = "linear",
+        scale_init: float = 1 / 0.07,
+        scale_max: float = 100.0,
+        bias_init: float | None = None,
+        bias_max: float = 100.0,
+    ) -> None:
+        super().__init__()
+        if projection == "none":
+            if image.width != text.width or dim not in (None, image.width):
+                raise UserError(
+                    f"projection none needs equal widths; the image tower has {image.width}, the text tower "
+                    f"{text.width}, dim is {dim}: use projection: linear"
+                )
+            dim = image.width
+        if not 1 <= scale_init <= scale_max:
+            raise UserError(f"scale_init {scale_init:g} is not between 1 and scale_max {scale_max:g}")
+        if bias_init is not None and abs(bias_init) > bias_max:
+            raise UserError(f"bias_init {bias_init:g} is beyond bias_max {bias_max:g}")
+        self.dim = dim or DEFAULT_DIM
+        self.image = image
+        self.text = text
+        self.image_projection = PROJECTIONS[projection](image.width, self.dim)
+        self.text_projection = PROJECTIONS[projection](text.width, self.dim)
+        # shape (1,): DeepSpeed refuses 0-D parameters
+        self.log_scale = nn.Parameter(torch.tensor([math.log(scale_init)]))
+        self.bias = None if bias_init is None else nn.Parameter(torch.tensor([float(bias_init)]))
+        self.log_scale_max = math.log(scale_max)
+        self.bias_max = bias_max
+        self.spec: dict[str, Any] = {
+            "dim": self.dim,
+            "projection": projection,
+            "scale_init": scale_init,
+            "scale_max": scale_max,
+            "bias_init": bias_init,
+            "bias_max": bias_max,
+        }
+
+    def forward(
+        self, images: Tensor | None = None, input_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> TwoTowerOutput:
+        """images (B, 3, H, W) uint8 or float in [0, 1]; input_ids (B, L) int64 with mask (B, L) bool; either or both."""
+        image = text = None
+        if images is not None:
+            image = unit(self.image_projection(self.image(images).pooled))
+        if input_ids is not None:
+            assert mask is not None
+            text = unit(self.text_projection(self.text(input_ids, mask).pooled))
+        scale = clamp(self.log_scale.float(), 0.0, self.log_scale_max).exp()
+        bias = None if self.bias is None else clamp(self.bias.float(), -self.bias_max, self.bias_max)
+        return TwoTowerOutput(image, text, scale, bias)
+
+    def encode_image(self, images: Sequence[Image.Image | Tensor], batch_size: int = 64) -> Tensor:
+        """Unit rows (N, D) float32 on the CPU, of PIL images or uint8 tensors (3, H, W) of any size."""
+        from mm.data.transforms import EvalTransform
+
+        transform = EvalTransform(self.image.size[0], self.image.resize_mode, self.image.interpolation)
+        rows = []
+        with self._inference() as device:
+            for start in range(0, len(images), batch_size):
+                pixels = [transform(_pixels(one)) for one in images[start : start + batch_size]]
+                rows.append(self(images=torch.stack(pixels).to(device)).image.cpu())
+        return torch.cat(rows) if rows else torch.empty(0, self.dim)
+
+    def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Unit rows (N, D) float32 on the CPU."""
+        if isinstance(texts, str):
+            raise UserError(f"encode_text takes a list of texts; give [{texts!r}]")
+        rows = []
+        with self._inference() as device:
+            for start in range(0, len(texts), batch_size):
+                ids, mask = self.text.tokenizer.pad(
+                    [self.text.tokenizer(t) for t in texts[start : start + batch_size]]
+                )
+                rows.append(self(input_ids=ids.to(device), mask=mask.to(device)).text.cpu())
+        return torch.cat(rows) if rows else torch.empty(0, self.dim)
+
+    def parameter_layers(self) -> dict[str, tuple[str, int, int]]:
+        """For each parameter its (tower, depth, depths): 'image', 'text' or 'head', counted from 0 at the input."""
+        places: dict[str, tuple[str, int, int]] = {}
+        for tower, encoder in (("image", self.image), ("text", self.text)):
+            layers = encoder.layers()
+            for depth, names in enumerate(layers):
+                places |= {f"{tower}.{name}": (tower, depth, len(layers)) for name in names}
+        return {name: places.get(name, ("head", 0, 1)) for name, _ in self.named_parameters()}
+
+    @contextmanager
+    def _inference(self) -> Iterator[torch.device]:
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield self.log_scale.device
+        finally:
+            self.train(training)
+
+
+def build_two_tower(config: TwoTowerConfig) -> TwoTower:
+    """The model that `config` describes. Raises UserError for what does not exist or fit."""
+    return TwoTower(
+        build_image_encoder(config.image),
+        build_text_encoder(config.text),
+        dim=config.dim,
+        projection=config.projection,
+        scale_init=config.scale_init,
+        scale_max=config.scale_max,
+        bias_init=config.bias_init,
+        bias_max=config.bias_max,
+    )
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1, in float32."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def _linear(width: int, dim: int) -> nn.Module:
+    layer = nn.Linear(width, dim, bias=False)
+    nn.init.normal_(layer.weight, std=width**-0.5)
+    return layer
+
+
+def _mlp(width: int, dim: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim, bias=False))
+
+
+PROJECTIONS = {"linear": _linear, "mlp": _mlp, "none": lambda width, dim: nn.Identity()}
+
+
+def _pixels(image: Image.Image | Tensor) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    return pil_to_tensor(image.convert("RGBA" if alpha else "RGB"))
