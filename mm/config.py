@@ -1,7 +1,7 @@
 """Config base class: YAML + dotted overrides -> typed, frozen; readable errors.
 
-A program reads its config with `parse(Section, argv, prog)`. Whatever is wrong in the file and in the overrides comes
-as one `UserError`, a line a mistake, each with the dotted path, the value and what was expected.
+A program reads its config with `parse(Section, argv, prog)`. Whatever is wrong in the file and in the overrides
+comes as one `UserError`, a line a mistake, each with the dotted path, the value and what was expected.
 """
 
 import difflib
@@ -33,7 +33,7 @@ C = TypeVar("C", bound=Config)
 def parse(cls: type[C], argv: Sequence[str], prog: str) -> C:
     """Config of a program from its command line `[CONFIG.yaml] [key.sub=value ...]`.
 
-    `--help` prints all keys and raises SystemExit(0). The `--local_rank=N` that launchers put in front is ignored.
+    `--help` prints all keys and raises SystemExit(0). The `--local_rank=N` that launchers add is ignored.
     """
     path, overrides, wants_help = _split(argv, prog)
     if wants_help:
@@ -162,9 +162,8 @@ def _yaml(text: str, source: str) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         inside = path / "config.yaml"
-        raise UserError(
-            f"{path} is a folder, expected a YAML file" + (f"; did you mean {inside}?" if inside.exists() else "")
-        )
+        hint = f"; did you mean {inside}?" if inside.exists() else ""
+        raise UserError(f"{path} is a folder, expected a YAML file{hint}")
     try:
         data = _yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
@@ -200,7 +199,7 @@ def _split(argv: Sequence[str], prog: str) -> tuple[Path | None, list[str], bool
         elif argument.startswith(("--local_rank=", "--local-rank=")):
             continue
         elif argument.startswith("-"):
-            raise UserError(f"unknown option {argument}; keys are given as key=value, and {prog} --help lists them")
+            raise UserError(f"unknown option {argument}; keys are given as key=value, see {prog} --help")
         elif "=" in argument and not Path(argument).is_file():
             overrides.append(argument)
         elif path is None:
@@ -221,12 +220,13 @@ def _override(cls: type[Config], data: dict[str, Any], override: str) -> None:
     options: list[Any] = [cls]
     for depth, key in enumerate([*parents, last]):
         index: Any = key
+        above = ".".join(parents[:depth])
         if isinstance(node, list):
             if not key.isdecimal() or int(key) >= len(node):
-                raise UserError(f"{override}: {'.'.join(parents[:depth])} has the places 0 to {len(node) - 1}")
+                raise UserError(f"{override}: {above} has the places 0 to {len(node) - 1}")
             index = int(key)
         elif not isinstance(node, dict):
-            raise UserError(f"{override}: {'.'.join(parents[:depth])} is {show(node)}, it has no keys")
+            raise UserError(f"{override}: {above} is {show(node)}, it has no keys")
         if depth == len(parents):
             node[index] = value
             return

@@ -38,7 +38,7 @@ def explain(cls: type[BaseModel], error: ValidationError) -> list[str]:
         line = _line(cls, path, owners, options, detail)
         if line not in found.setdefault(path, []):
             found[path].append(line)
-    deeper = [path for path in in_union if any(other[: len(path)] == path and other != path for other in found)]
+    deeper = {path for path in in_union for other in found if other != path and other[: len(path)] == path}
     return [
         lines[0] + "".join(f" or {line.rpartition('expected ')[2]}" for line in lines[1:])
         for path, lines in found.items()
@@ -47,7 +47,7 @@ def explain(cls: type[BaseModel], error: ValidationError) -> list[str]:
 
 
 def _locate(cls: type[BaseModel], loc: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any], list[Any], bool]:
-    """Pydantic's location -> (path of keys, types that hold its last key, types there, ends in a union's label).
+    """Pydantic's location -> path of keys, types that hold its last key, types there, ends in a union's label.
 
     Pydantic puts a label (tag, class or type name) behind the key of every union; it is no key of the user's.
     """
@@ -88,7 +88,8 @@ def _line(
             key = dotted((*path, tag))
             if kind == "union_tag_not_found":
                 return f"{key}: missing; expected {_either(known)}"
-            return f"{key} = {show(context['tag'])}: expected {_either(known)}{did_you_mean(context['tag'], known)}"
+            hint = did_you_mean(context["tag"], known)
+            return f"{key} = {show(context['tag'])}: expected {_either(known)}{hint}"
         case "value_error" | "assertion_error":
             said = str(context.get("error", detail["msg"]))
             where = name if isinstance(value, dict | BaseModel) else given

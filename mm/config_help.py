@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 from mm.config_errors import show
 from mm.config_types import alternatives, inside, sections, tag_name, tags
 
-_NAMES = {float: "number", int: "whole number", bool: "true or false", str: "text", Path: "path", Any: "anything"}
+_NAMES = {float: "number", int: "whole number", bool: "true | false", str: "text", Path: "path"}
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >=", "max_length": "length <="}
 
 
@@ -107,4 +107,4 @@ def _one(annotation: Any) -> str:
         return f"list of {_name(arguments[0])}"
     if origin is dict:
         return f"NAME -> {_name(arguments[1])}"
-    return _NAMES.get(annotation) or getattr(annotation, "__name__", str(annotation))
+    return _NAMES.get(annotation) or str(getattr(annotation, "__name__", annotation))

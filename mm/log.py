@@ -62,15 +62,16 @@ class Log:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            hide_from = start + 1 if start else None
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=hide_from)
         if wandb is not None:
             self._wandb = _start_wandb(wandb, folder)
 
     def event(self, name: str, step: int, samples: int, **fields: Any) -> None:
         """Write one line `{"event": name, "step": step, "samples": samples, **fields}`, on disk at once.
 
-        Numbers and 0-D tensors keep their full precision; NaN and infinities become "nan", "inf", "-inf", so that
-        every line is strict JSON. Numbers also go to TensorBoard and W&B under `name/field`.
+        Numbers and 0-D tensors keep their full precision; NaN and infinities become "nan", "inf", "-inf", so
+        that every line is strict JSON. Numbers also go to TensorBoard and W&B under `name/field`.
         """
         if not self._enabled:
             return
@@ -87,7 +88,7 @@ class Log:
     def progress(
         self, step: int, samples: int, total: int, *, loss: float, samples_per_s: float, data_wait: float
     ) -> None:
-        """Show how far the run is: a live bar on a terminal, else a plain line each `every` steps and at the end.
+        """Show how far the run is: a live bar on a terminal, else a line each `every` steps and at the end.
 
         `samples` of `total` are done; `data_wait` is the share (0 to 1) of the time spent waiting for data.
         """
@@ -102,8 +103,8 @@ class Log:
         elif step % self.every == 0 or samples >= total:
             left = (total - samples) / samples_per_s if samples_per_s > 0 else math.inf
             message(
-                f"step {step}  {samples:,}/{total:,} samples  loss {loss:.4f}  {samples_per_s:,.0f} samples/s  "
-                f"data wait {data_wait:.0%}  ETA {duration(left)}"
+                f"step {step}  {samples:,}/{total:,} samples  loss {loss:.4f}  "
+                f"{samples_per_s:,.0f} samples/s  data wait {data_wait:.0%}  ETA {duration(left)}"
             )
 
     def close(self) -> None:
@@ -147,8 +148,8 @@ def duration(seconds: float) -> str:
 def cut(path: Path, step: int) -> None:
     """Drop the lines of a JSON-lines file that are later than a step, and a torn last line.
 
-    What remains is the history of the weights that a resumed run goes on from. Lines without a step stay. The file
-    is replaced in one move; a missing file is none.
+    What remains is the history of the weights that a resumed run goes on from. Lines without a step stay. The
+    file is replaced in one move; a missing file is none.
     """
     if not path.exists():
         return
@@ -157,8 +158,8 @@ def cut(path: Path, step: int) -> None:
         new.writelines(kept)
         new.flush()
         os.fsync(new.fileno())
-    os.chmod(new.name, path.stat().st_mode)
-    os.replace(new.name, path)
+    Path(new.name).chmod(path.stat().st_mode)
+    Path(new.name).replace(path)
 
 
 def _is_until(line: bytes, step: int) -> bool:
@@ -211,5 +212,6 @@ def _start_wandb(project: str, folder: Path) -> Any:
     try:
         import wandb
     except ModuleNotFoundError:
-        raise UserError("log.wandb needs the package wandb: pip install wandb, or set log.wandb=null") from None
+        fix = "pip install wandb, or log.wandb=null"
+        raise UserError(f"log.wandb = {project} needs a package that is not installed: {fix}") from None
     return wandb.init(project=project, name=folder.name, dir=str(folder))

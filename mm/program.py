@@ -61,8 +61,8 @@ def status_of(main: Callable[[list[str]], None], argv: list[str]) -> int:
 def end(status: int) -> NoReturn:
     """Flush, stop worker processes and the process group, and leave without the interpreter's teardown.
 
-    Threads of gloo and of DeepSpeed outlive their owners there: about one of ten two-rank runs aborted after all
-    its work was done.
+    Threads of gloo and of DeepSpeed outlive their owners there: about one of ten two-rank runs aborted after
+    all its work was done.
     """
     children = multiprocessing.active_children()
     for child in children:
@@ -88,8 +88,9 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # their calls into each other's deprecated functions: theirs to mend
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed|timm|transformers|open_clip)\b")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|deepspeed|timm|transformers)\b")
+    libraries = r"(torch|deepspeed|timm|transformers|open_clip|tensorboard)\b"
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=libraries)
     logging.getLogger("DeepSpeed").addFilter(_is_worth_reading)
 
 
@@ -123,7 +124,7 @@ def _tell_other_ranks() -> None:
 
 
 def _rank_0_says_it() -> bool:
-    """Whether rank 0 raises the same error; before ranks are joined they all read the same config, so it does."""
+    """Whether rank 0 raises the same error; before the ranks are joined all read the same config, so it does."""
     if not _in_process_group():
         return True
     from torch.distributed import DistStoreError

@@ -1,0 +1,37 @@
+# make demo    .venv -> real data -> pretrain -> zero-shot evaluation -> report
+# make test    .venv -> lint, types, tests
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint
+
+demo: .venv/.installed-demo
+	$(BIN)/python -m train.pretrain configs/demo.yaml
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mm train eval
+
+.venv/.installed-demo: pyproject.toml | .venv/bin/python
+	@echo "installing mm and the packages of the demo into .venv (a few minutes the first time)"
+	$(BIN)/python -m pip install -qq -e '.[demo]'
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml | .venv/bin/python
+	@echo "installing mm and the packages of its tests into .venv (a few minutes the first time)"
+	$(BIN)/python -m pip install -qq -e '.[demo,dev]'
+	@touch .venv/.installed-demo $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: mm needs Python 3.11 or later and '$(PYTHON)' is not; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+		exit 1; }
+	@$(PYTHON) -m venv .venv || { \
+		rm -rf .venv; \
+		echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs: apt-get install python3-venv" >&2; \
+		exit 1; }

@@ -1,0 +1,49 @@
+"""What holds for all tests: no network, one thread a process, checked shapes, and where the time went."""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+from jaxtyping import install_import_hook
+
+# read by libraries at import, and inherited by the ranks that tests spawn
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MPLBACKEND": "Agg",
+}
+
+install_import_hook(["mm.losses", "mm.metrics"], "beartype.beartype")
+
+from mm.program import quiet  # noqa: E402 (after the import hook)
+
+quiet()
+
+BUDGET_S = 15 * 60
+_seconds: dict[str, float] = defaultdict(float)
+_tests: dict[str, int] = defaultdict(int)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    start = time.perf_counter()
+    report = yield
+    if isinstance(collector, pytest.Module):  # what a file imports first is paid here
+        _seconds[collector.nodeid] += time.perf_counter() - start
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    file = report.nodeid.partition("::")[0]
+    _seconds[file] += report.duration
+    _tests[file] += report.when == "call"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    total = sum(_seconds.values())
+    terminalreporter.section(f"{total:.0f} of {BUDGET_S} s")
+    for file, seconds in sorted(_seconds.items(), key=lambda item: -item[1]):
+        terminalreporter.write_line(f"{seconds:7.1f} s {_tests[file]:5} tests  {file}")
