@@ -1,0 +1,174 @@
+"""Preprocessing and augmentation of uint8 images; every random number is drawn from the generator that is handed in.
+
+Images stay uint8: normalisation is the encoder's, on the device.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from mm.config import Config
+from mm.errors import UserError
+
+WHITE = (255, 255, 255)
+INTERPOLATIONS = {
+    "bicubic": InterpolationMode.BICUBIC,
+    "bilinear": InterpolationMode.BILINEAR,
+    "nearest": InterpolationMode.NEAREST_EXACT,
+}
+
+
+class AugmentConfig(Config):
+    """What is varied from one reading of an image to the next. The defaults are open_clip's."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Share of the image's area that the random crop keeps, from and to."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the random crop, from and to."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Probability of a mirror image."""
+    color_jitter: float = Field(0.0, ge=0, le=1)
+    """Strength of changes of brightness, contrast and saturation (0.4: factors of 0.6 to 1.4); hue moves by a fourth of it at most."""
+    color_jitter_prob: float = Field(0.8, ge=0, le=1)
+    """Probability of the colour change, when color_jitter is not 0."""
+    gray: float = Field(0.0, ge=0, le=1)
+    """Probability of taking the colour away."""
+    rotate: float = Field(0.0, ge=0, le=180)
+    """Largest turn either way, in degrees."""
+    shift: float = Field(0.0, ge=0, le=1)
+    """Largest shift either way, as a share of the side."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Factor of enlargement about the centre, from and to; below 1 leaves a border (for drawings)."""
+    background: Literal["white", "random"] = "white"
+    """Colour behind transparent pixels and around turned or shifted images: white, or any, drawn anew each time."""
+
+
+class TrainTransform:
+    """Random resized crop, affine, flip and colours: (image uint8 (3|4, H, W), rng) -> uint8 (3, size).
+
+    Inception-style crops (arXiv:1409.4842) with the distribution of torchvision's `RandomResizedCrop`. A fourth channel
+    is alpha: the image is laid on the background.
+    """
+
+    def __init__(self, size: int | Sequence[int], augment: AugmentConfig, interpolation: str = "bicubic"):
+        """
+        Args:
+            size: (height, width), or the side of a square, in pixels.
+            augment: what varies.
+            interpolation: bicubic, bilinear or nearest, always antialiased.
+        """
+        self.size, self.augment, self.interpolation = _pair(size), augment, _interpolation(interpolation)
+
+    def __call__(self, image: Tensor, rng: random.Random) -> Tensor:
+        augment = self.augment
+        background = WHITE
+        if augment.background == "random":
+            background = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+        top, left, height, width = crop_box(image.shape[-2], image.shape[-1], augment.scale, augment.ratio, rng)
+        image = composite(image[:, top : top + height, left : left + width], background)
+        image = F.resize(image, list(self.size), interpolation=self.interpolation, antialias=True)
+        if augment.rotate or augment.shift or augment.zoom != (1.0, 1.0):
+            image = F.affine(
+                image,
+                angle=rng.uniform(-augment.rotate, augment.rotate),
+                translate=[rng.uniform(-augment.shift, augment.shift) * side for side in reversed(self.size)],
+                scale=rng.uniform(*augment.zoom),
+                shear=[0.0, 0.0],
+                interpolation=InterpolationMode.BILINEAR,
+                fill=[float(level) for level in background],
+            )
+        if augment.flip and rng.random() < augment.flip:
+            image = F.horizontal_flip(image)
+        if augment.color_jitter and rng.random() < augment.color_jitter_prob:
+            image = _jitter(image, augment.color_jitter, rng)
+        if augment.gray and rng.random() < augment.gray:
+            image = F.rgb_to_grayscale(image, num_output_channels=3)
+        return image.contiguous()
+
+
+class EvalTransform:
+    """Resize and centre crop: image uint8 (3|4, H, W) -> uint8 (3, size), the same for the same image always.
+
+    Modes, as in open_clip: `shortest` fits the shorter side and crops the longer one, `longest` fits the longer side and
+    pads the shorter one with black, `squash` ignores the aspect ratio. Alpha is laid on white.
+    """
+
+    def __init__(self, size: int | Sequence[int], resize_mode: str = "shortest", interpolation: str = "bicubic"):
+        self.size, self.resize_mode, self.interpolation = _pair(size), resize_mode, _interpolation(interpolation)
+        if resize_mode not in ("shortest", "longest", "squash"):
+            raise UserError(f"resize_mode {resize_mode!r} is not one of shortest, longest, squash")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        image = composite(image, WHITE)
+        resized = F.resize(image, self._resized(*image.shape[-2:]), interpolation=self.interpolation, antialias=True)
+        return F.center_crop(resized, list(self.size)).contiguous()  # pads where it is smaller
+
+    def _resized(self, height: int, width: int) -> list[int]:
+        if self.resize_mode == "squash":
+            return list(self.size)
+        ratios = (height / self.size[0], width / self.size[1])
+        if self.resize_mode == "longest":
+            ratio = max(ratios)
+            return [max(1, round(height / ratio)), max(1, round(width / ratio))]
+        if self.size[0] == self.size[1]:  # torchvision's rule, which open_clip uses for squares, rounds down
+            side, short, long = self.size[0], min(height, width), max(height, width)
+            other = int(side * long / short)
+            return [side, other] if height <= width else [other, side]
+        ratio = min(ratios)
+        return [max(self.size[0], round(height / ratio)), max(self.size[1], round(width / ratio))]
+
+
+def crop_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
+) -> tuple[int, int, int, int]:
+    """top, left, height, width of a random crop, distributed as torchvision's `RandomResizedCrop.get_params`."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randrange(height - h + 1), rng.randrange(width - w + 1), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, round(w / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(h * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def composite(image: Tensor, background: tuple[int, int, int]) -> Tensor:
+    """uint8 (3|4, H, W) -> (3, H, W): a fourth channel is alpha, below which the background shows."""
+    if image.shape[0] == 3:
+        return image
+    alpha = image[3:].to(torch.int32)
+    behind = torch.tensor(background, dtype=torch.int32)[:, None, None]
+    return ((image[:3].to(torch.int32) * alpha + behind * (255 - alpha) + 127) // 255).to(torch.uint8)
+
+
+def _jitter(image: Tensor, strength: float, rng: random.Random) -> Tensor:
+    low, high = max(0.0, 1 - strength), 1 + strength
+    image = F.adjust_brightness(image, rng.uniform(low, high))
+    image = F.adjust_contrast(image, rng.uniform(low, high))
+    image = F.adjust_saturation(image, rng.uniform(low, high))
+    hue = min(0.5, strength / 4)
+    return F.adjust_hue(image, rng.uniform(-hue, hue))
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise UserError(f"image size {height} x {width} must be at least 1 x 1")
+    return height, width
+
+
+def _interpolation(name: str) -> InterpolationMode:
+    if name not in INTERPOLATIONS:
+        raise UserError(f"interpolation {name!r} is not one of {', '.join(INTERPOLATIONS)}")
+    return INTERPOLATIONS[name]
