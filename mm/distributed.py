@@ -142,7 +142,7 @@ class _AllGather(torch.autograd.Function):
         return _gather_plain(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         if dist.get_backend() == "nccl":
             piece = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
