@@ -1,7 +1,7 @@
 """Config base class: YAML + dotted overrides -> typed, frozen; readable errors.
 
-A program reads its config with `parse(Section, argv, prog)`. Whatever is wrong in the file and in the overrides
-comes as one `UserError`, a line a mistake, each with the dotted path, the value and what was expected.
+A program reads its config with `parse(Section, argv, prog)`. Whatever is wrong in the file and in the
+overrides comes as one `UserError`, a line a mistake: dotted path, value, what was expected.
 """
 
 import difflib

@@ -47,7 +47,7 @@ def explain(cls: type[BaseModel], error: ValidationError) -> list[str]:
 
 
 def _locate(cls: type[BaseModel], loc: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any], list[Any], bool]:
-    """Pydantic's location -> path of keys, types that hold its last key, types there, ends in a union's label.
+    """Pydantic's location -> path of keys, types holding its last key, types there, ends in a union's label.
 
     Pydantic puts a label (tag, class or type name) behind the key of every union; it is no key of the user's.
     """

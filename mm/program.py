@@ -124,7 +124,7 @@ def _tell_other_ranks() -> None:
 
 
 def _rank_0_says_it() -> bool:
-    """Whether rank 0 raises the same error; before the ranks are joined all read the same config, so it does."""
+    """Whether rank 0 raises the same error. Before the ranks are joined all read the same config: it does."""
     if not _in_process_group():
         return True
     from torch.distributed import DistStoreError

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -21,6 +22,12 @@ install_import_hook(["mm.losses", "mm.metrics"], "beartype.beartype")
 from mm.program import quiet  # noqa: E402 (after the import hook)
 
 quiet()
+
+# the same cases in every run, and no verdict on how fast a shared machine is
+hypothesis.settings.register_profile(
+    "mm", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("mm")
 
 BUDGET_S = 15 * 60
 _seconds: dict[str, float] = defaultdict(float)

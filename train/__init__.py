@@ -1,4 +1,4 @@
-"""The programs that train. Loading this package first makes the libraries quiet before they are imported."""
+"""The programs that train. Loading this package makes the libraries quiet before they are imported."""
 
 from mm.program import quiet
 
