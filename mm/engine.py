@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -11,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm import distributed
+from mm.batchnorm import average_statistics, share_statistics
 from mm.config import Config
 from mm.errors import UserError
 from mm.zero import MOMENTS, Shards
@@ -85,7 +87,11 @@ class Engine:
             raise UserError("all parameters are locked, so there is nothing to train; unlock a tower or a projection")
         if config.deterministic:
             _be_deterministic()
-        self.module = self._with_shared_statistics(module).to(self.device)
+        module, self._statistics, notes = share_statistics(
+            module.to(self.device), config.sync_batchnorm, micro_batches=self.accumulation
+        )
+        self.notes.extend(notes)
+        self.module = module
         optimizer = torch.optim.AdamW(
             [dict(group) for group in groups], lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True
         )
@@ -131,7 +137,7 @@ class Engine:
         values = dict(zip(total, means.unbind(), strict=True))
         if not skipped:
             self._average_weights()
-        self._average_statistics()
+        average_statistics(self._statistics)
         self.steps += 1
         return StepResult(values.pop(""), norm, values, skipped)
 
@@ -155,11 +161,11 @@ class Engine:
             yield
             return
         trained = {name: self.shards.pieces[name].weight.clone() for name in self.ema}
-        self._show(self.ema, keep=trained)
+        self._show(self.ema)
         try:
             yield
         finally:
-            self._show(trained, keep=trained)
+            self._show(trained)
 
     def names(self) -> dict[str, list[str]]:
         """Names of what a checkpoint holds, by kind: weight, ema, exp_avg, exp_avg_sq, buffer."""
@@ -167,11 +173,11 @@ class Engine:
         kinds = {"weight": list(self.shards.parameters), "ema": trained if self.config.ema_decay else []}
         return {**kinds, **{key: trained for key in MOMENTS}, "buffer": list(self.buffers)}
 
-    def size(self, kind: str, name: str) -> int:
-        """Bytes of one tensor of the full state."""
+    def layout(self, kind: str, name: str) -> tuple[torch.dtype, torch.Size]:
+        """Type and shape of one tensor of the full state."""
         if kind == "buffer":
-            return self.buffers[name].numel() * self.buffers[name].element_size()
-        return 4 * self.shards.shape(name).numel()
+            return self.buffers[name].dtype, self.buffers[name].shape
+        return torch.float32, self.shards.shape(name)
 
     def full_state(
         self, kinds: Sequence[str] | None = None, wanted: Callable[[str, str], bool] = lambda kind, name: True
@@ -199,7 +205,7 @@ class Engine:
 
     def optimizer_steps(self) -> dict[str, int]:
         """Adam's count of steps of every trained parameter. Collective."""
-        return {name: self.shards.steps(name) for name in self.names()[MOMENTS[0]]}
+        return self.shards.steps(self.names()[MOMENTS[0]])
 
     def load_state(self, read: Callable[[str, str], Tensor], optimizer_steps: Mapping[str, int], steps: int) -> None:
         """Take over what `full_state` gave: `read(kind, name)` gives each whole tensor. Collective."""
@@ -229,15 +235,13 @@ class Engine:
         if kind == "buffer":
             return self.buffers[name]
         if kind == "ema":
-            pieces = {id(piece): name for name, piece in self.shards.pieces.items()}
-            return self.shards.whole(name, lambda piece: self.ema[pieces[id(piece)]])
+            return self.shards.whole(name, self.ema.get(name))
         return self.shards.moment(name, kind)
 
-    def _show(self, pieces: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
+    def _show(self, pieces: Mapping[str, Tensor]) -> None:
         self.shards.begin_writing()
         for name in self.names()["ema"]:
-            value = self.shards.whole(name, lambda _, name=name: pieces[name])  # type: ignore[misc]
-            self.shards.set_weight(name, value)
+            self.shards.set_weight(name, self.shards.whole(name, pieces.get(name)))
         self.shards.end_writing()
 
     def _set_rates(self, lr: float | Mapping[str, float]) -> None:
@@ -265,31 +269,6 @@ class Engine:
             decay = min(self.config.ema_decay, (1 + self.steps) / (10 + self.steps))
             weights = [self.shards.pieces[name].weight for name in self.ema]
             torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
-
-    def _with_shared_statistics(self, module: nn.Module) -> nn.Module:
-        """Batch normalisation that trains sees all ranks (SyncBatchNorm), where the hardware can."""
-        self._statistics: list[Tensor] = []
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _trains(m)]
-        if not norms or distributed.world_size() == 1:
-            if norms and self.accumulation > 1:
-                self.notes.append("batch statistics are those of a micro-batch: the curve depends on its size")
-            return module
-        if self.config.sync_batchnorm and self.device.type == "cuda":
-            from timm.layers import convert_sync_batchnorm
-
-            return convert_sync_batchnorm(module)
-        self._statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
-        self.notes.append(
-            "batch statistics are those of each rank's batch: the curve depends on the ranks and the micro-batch"
-        )
-        return module
-
-    @torch.no_grad()
-    def _average_statistics(self) -> None:
-        if self._statistics:
-            flat = distributed.mean(torch.cat([t.flatten() for t in self._statistics]))
-            for t, mean in zip(self._statistics, flat.split([t.numel() for t in self._statistics]), strict=True):
-                t.copy_(mean.view_as(t))
 
 
 def accumulation(config: EngineConfig, global_batch: int) -> int:
@@ -340,6 +319,9 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said beforehand, its search for one prints nothing
     import deepspeed
 
+    # DeepSpeed's calls, not ours
+    old = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+    warnings.filterwarnings("ignore", old, FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         # else it compiles a shared-memory extension for 20-40 s and fails without a compiler; gloo serves
@@ -364,10 +346,6 @@ def _mix(*numbers: int) -> int:
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (1 << 64) - 1
         state ^= state >> 31
     return state >> 1
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def _to(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -4,7 +4,7 @@ One view over DeepSpeed's stages (Rajbhandari et al. 2020), by parameter name: s
 rank, stages 1 and 2 cut the optimizer's copy, stage 3 cuts the parameters too. Everything is fp32.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class Shards:
     def __init__(self, ds: Any, module: nn.Module, stage: int) -> None:
         self.stage = stage
         self.optimizer: torch.optim.Optimizer = ds.basic_optimizer
-        self.parameters = dict(module.named_parameters())
+        self.parameters: dict[str, Any] = dict(module.named_parameters())
         self._zero = ds.optimizer
         cut = {0: self._whole, 1: self._cut_state, 2: self._cut_state, 3: self._cut_all}[stage]
         self.pieces: dict[str, Piece] = {}
@@ -75,41 +75,44 @@ class Shards:
     def shape(self, name: str) -> torch.Size:
         """Shape of the whole parameter."""
         parameter = self.parameters[name]
-        return parameter.ds_shape if self.stage == 3 else parameter.shape
+        shape: torch.Size = parameter.ds_shape if self.stage == 3 else parameter.shape
+        return shape
 
     def weight(self, name: str) -> Tensor:
         """The whole parameter. Collective."""
+        piece = self.pieces.get(name)
         if self.stage < 3:
-            return self.parameters[name].detach()
-        return self.whole(name, lambda piece: piece.weight)
+            weight: Tensor = self.parameters[name].detach()
+            return weight
+        return self.whole(name, None if piece is None else piece.weight)
 
     def moment(self, name: str, key: str) -> Tensor:
         """The whole moment of a trained parameter. Collective."""
-        return self.whole(name, lambda piece: piece.moment(self.optimizer, key))
-
-    def steps(self, name: str) -> int:
-        """How many optimizer steps a trained parameter has seen. Collective."""
         piece = self.pieces.get(name)
-        count = torch.zeros((), device=self._device(name))
-        if piece is not None:
-            count.copy_(piece.step(self.optimizer))
-        if self.stage > 0:
-            dist.all_reduce(count, dist.ReduceOp.MAX)
-        return int(count)
+        return self.whole(name, None if piece is None else piece.moment(self.optimizer, key))
 
-    def whole(self, name: str, value: Callable[[Piece], Tensor]) -> Tensor:
-        """All ranks' pieces of something shaped like a parameter, put together. Collective.
+    def steps(self, names: Sequence[str]) -> dict[str, int]:
+        """How many optimizer steps each of these trained parameters has seen. Collective."""
+        own = [int(self.pieces[n].step(self.optimizer)) if n in self.pieces else 0 for n in names]
+        if self.stage > 0 and names:
+            counts = torch.tensor(own, device=self._device(names[0]))
+            dist.all_reduce(counts, dist.ReduceOp.MAX)
+            own = counts.tolist()
+        return dict(zip(names, own, strict=True))
+
+    def whole(self, name: str, values: Tensor | None) -> Tensor:
+        """All ranks' pieces of something shaped like a parameter, put together; `values` is this rank's. Collective.
 
         The bits travel as integers: a sum with zeros would turn -0.0 into 0.0.
         """
-        piece = self.pieces.get(name)
         if self.stage == 0:
-            assert piece is not None
-            return value(piece).detach()
+            assert values is not None
+            return values.detach()
         shape = self.shape(name)
         bits = torch.zeros(shape.numel(), dtype=torch.int32, device=self._device(name))
-        if piece is not None:
-            bits[piece.start : piece.start + piece.weight.numel()] = value(piece).detach().reshape(-1).view(torch.int32)
+        if values is not None:
+            start = self.pieces[name].start
+            bits[start : start + values.numel()] = values.detach().reshape(-1).view(torch.int32)
         dist.all_reduce(bits)
         return bits.view(torch.float32).view(shape)
 
@@ -122,6 +125,8 @@ class Shards:
         piece = self.pieces.get(name)
         if piece is not None:
             piece.weight.copy_(piece.of(whole))
+            if self.stage == 3:  # on some devices DeepSpeed trains a second copy
+                self.parameters[name].ds_tensor[: piece.weight.numel()].copy_(piece.weight)
 
     @torch.no_grad()
     def set_moment(self, name: str, key: str, whole: Tensor, steps: int) -> None:
@@ -142,12 +147,13 @@ class Shards:
             self._zero.checkpoint_event_epilogue()
 
     def _device(self, name: str) -> torch.device:
-        return self.parameters[name].device
+        device: torch.device = self.parameters[name].device
+        return device
 
     def _whole(self, parameter: nn.Parameter) -> Piece:
         return Piece(0, parameter.detach(), parameter if parameter.requires_grad else None, 0)
 
-    def _cut_state(self, parameter: nn.Parameter) -> Piece | None:
+    def _cut_state(self, parameter: Any) -> Piece | None:
         if not parameter.requires_grad:
             return self._whole(parameter)
         mapping = parameter._hp_mapping
@@ -156,15 +162,12 @@ class Shards:
         flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
         return Piece(mapping.lp_fragment_address.start, mapping.hp_fragment, flat, mapping.hp_fragment_address.start)
 
-    def _cut_all(self, parameter: nn.Parameter) -> Piece:
+    def _cut_all(self, parameter: Any) -> Piece:
         held = parameter.ds_tensor.numel()
         start = held * dist.get_rank()
         length = max(0, min(held, parameter.ds_numel - start))
-        weight = parameter.ds_tensor.detach().view(-1)[:length]
         if not parameter.requires_grad:
-            return Piece(start, weight, None, 0)
+            return Piece(start, parameter.ds_tensor.detach()[:length], None, 0)
         group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
         flat = self._zero.fp32_partitioned_groups_flat[group]
-        # in fp32 DeepSpeed trains the partitions themselves, without a second copy
-        assert length == 0 or flat[offset:].data_ptr() == weight.data_ptr()
-        return Piece(start, weight, flat, offset)
+        return Piece(start, flat.detach()[offset : offset + length], flat, offset)

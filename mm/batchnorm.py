@@ -1,0 +1,47 @@
+"""Batch statistics on several ranks: of all of them where the hardware can, else the running ones are averaged."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mm import distributed
+
+
+def share_statistics(module: nn.Module, sync: bool, micro_batches: int) -> tuple[nn.Module, list[Tensor], list[str]]:
+    """(module, running statistics to average after each step, notes for the user).
+
+    Batch normalisation that trains sees all ranks' batches with `sync` on GPUs (SyncBatchNorm; there is none for CPUs).
+    Locked ones are left alone.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _trains(m)]
+    if not norms:
+        return module, [], []
+    where = []
+    statistics = []
+    if distributed.world_size() > 1:
+        if sync and distributed.device().type == "cuda":
+            from timm.layers import convert_sync_batchnorm
+
+            module = convert_sync_batchnorm(module)
+        else:
+            statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
+            where.append("rank")
+    if micro_batches > 1:
+        where.append("micro-batch")
+    parts = " and ".join(where)
+    notes = [f"batch normalisation sees each {parts} apart: the curve depends on their number"] if where else []
+    return module, statistics, notes
+
+
+@torch.no_grad()
+def average_statistics(statistics: Sequence[Tensor]) -> None:
+    """Make running statistics the mean over ranks, so that all ranks evaluate and save the same model. Collective."""
+    if statistics:
+        flat = distributed.mean(torch.cat([t.flatten() for t in statistics]))
+        for t, mean in zip(statistics, flat.split([t.numel() for t in statistics]), strict=True):
+            t.copy_(mean.view_as(t))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
