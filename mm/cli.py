@@ -1,0 +1,87 @@
+"""The command `mm`: reads its arguments, and hands over."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from mm.errors import UserError
+
+HELP = """usage: mm COMMAND ...
+
+  mm data make SOURCE [key=value ...]   write shards from a public source, a folder or a table of images
+  mm data index SHARDS ...              write sizes.json and member offsets for shards that exist
+
+mm COMMAND --help says more about each. Training and evaluation are programs of their own:
+  python -m train.pretrain --help       python -m eval.suite --help
+"""
+INDEX_HELP = """usage: mm data index SHARDS ...
+
+SHARDS: folders, files or patterns such as 'data/cc3m/{00000..00331}.tar' of webdataset tars, img2dataset's included.
+Writes NAME.idx beside each shard, and sizes.json in its folder: training reads them.
+"""
+
+
+def main() -> NoReturn:
+    """Entry of the console script."""
+    from mm.program import run
+
+    run(dispatch)
+
+
+def dispatch(argv: list[str]) -> None:
+    """Run the command that the arguments name. UserError when there is none of that name."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    _pick({"data": data}, argv[0], "command")(argv[1:])
+
+
+def data(argv: list[str]) -> None:
+    """`mm data make|index`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    _pick({"make": make, "index": index}, argv[0], "command mm data")(argv[1:])
+
+
+def make(argv: list[str]) -> None:
+    """`mm data make SOURCE [key=value ...]`."""
+    from mm.data.make import about_sources, find, make_from
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(about_sources(), end="")
+        return
+    source, *rest = argv
+    if "-h" in rest or "--help" in rest:
+        from mm.config import parse
+
+        parse(find(source).config, ["--help"], f"mm data make {source}")
+    for argument in rest:
+        if argument.startswith("-") or "=" not in argument:
+            raise UserError(f"{argument}: expected key=value; mm data make {source} --help lists the keys")
+    make_from(source, rest)
+
+
+def index(argv: list[str]) -> None:
+    """`mm data index SHARDS ...`."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(INDEX_HELP, end="")
+        return
+    from mm.data.shards import index_shards
+
+    counts = index_shards(argv)
+    print(f"indexed {len(counts):,} shards with {sum(counts.values()):,} samples")
+
+
+def _pick(
+    commands: dict[str, Callable[[list[str]], None]], name: str, what: str
+) -> Callable[[Sequence[str]], None]:
+    if name not in commands:
+        close = difflib.get_close_matches(name, commands, n=1, cutoff=0.5)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"there is no {what} {name!r}; {meant}known: {', '.join(commands)}")
+    return commands[name]
+
+
+if __name__ == "__main__":
+    main()

