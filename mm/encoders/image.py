@@ -6,10 +6,12 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mm.config import Config
 from mm.encoders import Features
+from mm.encoders.timm_trunk import parameter_groups, pooled_and_tokens
 from mm.encoders.tower import Tower
 from mm.encoders.weights import from_hub, load_strictly, read_weights, weights_file
 from mm.errors import UserError
@@ -23,37 +25,37 @@ class ImageConfig(Config):
     """The image tower."""
 
     name: str = "vit_base_patch16_224"
-    """a timm network, or open_clip:NAME, open_clip:/path/to/config.json"""
+    """A timm network, or open_clip:NAME, open_clip:/path/to/config.json."""
     size: int | None = None
-    """height and width of its input in pixels; null: what the network was made for"""
+    """Height and width of its input in pixels; null: what the network was made for."""
     pretrained: bool | str = False
-    """true: published weights (a timm tag is part of the name, as in resnet50.a1_in1k); for open_clip the tag"""
+    """True: published weights (timm's tag belongs to the name: resnet50.a1_in1k); for open_clip the tag."""
     weights: str | None = None
-    """a local weights file (safetensors or torch), or package:NAME for the one inside an installed Python package"""
+    """A local weights file (safetensors or torch), or package:NAME: the one in an installed Python package."""
     pooling: str = "auto"
-    """how places become one vector: auto (the network's own), or a timm pooling such as avg, token, map"""
+    """How places become one vector: auto (the network's own), or a timm pooling such as avg, token, map."""
     checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
+    """Recompute activations in the backward pass: less memory, more time."""
     patch_dropout: float = 0.0
-    """share of patches left out in training (FLIP); for ViTs"""
+    """Share of patches left out in training (FLIP); for ViTs."""
     drop_path: float | None = None
-    """stochastic depth; null: the network's own"""
+    """Stochastic depth; null: the network's own."""
     frozen_batchnorm: bool = False
-    """keep BatchNorm's statistics and weights as they are, in training too"""
+    """Keep BatchNorm's statistics and weights as they are, in training too."""
     lock: bool = False
-    """do not train this tower (LiT)"""
+    """Do not train this tower (LiT)."""
     unlock_last: int = 0
-    """with lock: how many of its last layers are trained all the same"""
+    """With lock: how many of its last layers are trained all the same."""
     mean: tuple[float, float, float] | None = None
-    """mean of the pixels in [0, 1]; null: what the network was trained with"""
+    """Mean of the pixels in [0, 1]; null: what the network was trained with."""
     std: tuple[float, float, float] | None = None
-    """deviation of the pixels in [0, 1]; null: what the network was trained with"""
+    """Deviation of the pixels in [0, 1]; null: what the network was trained with."""
     interpolation: Interpolation | None = None
-    """how images are resized: bilinear, bicubic or nearest; null: as the network was trained"""
+    """How images are resized: bilinear, bicubic or nearest; null: as the network was trained."""
     resize_mode: ResizeMode | None = None
-    """shortest side to size, then crop; longest side to size, then pad; or squash; null: as it was trained"""
-    kwargs: dict[str, Any] = {}
-    """further arguments of the timm network, such as {depth: 6}"""
+    """Shortest side to size, then crop; longest side to size, then pad; or squash; null: as it was trained."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the timm network, such as {depth: 6}."""
 
 
 class ImageEncoder(Tower):
@@ -87,8 +89,7 @@ class TimmEncoder(ImageEncoder):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         trunk = _create(spec)
-        # forward_features alone would pass by the hooks on the trunk (ZeRO-3 gathers its own parameters there)
-        trunk.forward = MethodType(_pooled_and_tokens, trunk)  # type: ignore[assignment]
+        trunk.forward = MethodType(pooled_and_tokens, trunk)  # type: ignore[assignment]
         super().__init__(trunk, width=getattr(trunk, "head_hidden_size", trunk.num_features), spec=spec)
         if spec["checkpointing"]:
             try:
@@ -99,14 +100,14 @@ class TimmEncoder(ImageEncoder):
                 ) from error
 
     def layers(self) -> list[list[str]]:
-        from timm.models import group_parameters
-
-        groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False))  # type: ignore[operator]
-        return [[f"trunk.{name}" for name in groups[depth]] for depth in sorted(groups)]
+        return [[f"trunk.{name}" for name in group] for group in parameter_groups(self.trunk)]
 
 
 def build_image_encoder(config: ImageConfig) -> ImageEncoder:
-    """The encoder that `config` describes, with its weights. Raises UserError for what does not exist or fit."""
+    """The encoder that `config` describes, with its weights.
+
+    Raises UserError for what does not exist or fit.
+    """
     if config.unlock_last and not config.lock:
         raise UserError(f"unlock_last {config.unlock_last} says nothing without lock: true")
     if config.name.startswith(OPEN_CLIP):
@@ -144,10 +145,9 @@ def _build_timm(config: ImageConfig) -> TimmEncoder:
     if config.pretrained and config.weights:
         raise UserError("pretrained and weights are both given; keep one")
     published = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
-    if published is None:
-        raise UserError(
-            f"timm has no weights {config.name!r}; it has {', '.join(timm.list_pretrained(config.name.split('.')[0] + '*'))}"
-        )
+    if published is None or ("." in config.name and config.name.split(".", 1)[1] != published.tag):
+        tags = ", ".join(timm.list_pretrained(f"{config.name.split('.')[0]}.*"))
+        raise UserError(f"timm has no weights {config.name!r}; it has {tags or 'none for this network'}")
     spec = {
         "kind": "timm",
         "name": config.name,
@@ -192,16 +192,6 @@ def _create(spec: dict[str, Any], pretrained: bool = False) -> nn.Module:
             raise UserError(f"patch_dropout is for ViTs; {spec['name']} has none") from error
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise UserError(f"timm cannot make {spec['name']} with {given}: {error}") from error
-
-
-def _pooled_and_tokens(trunk: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    places = trunk.forward_features(images)
-    pooled = trunk.forward_head(places)
-    if places.ndim == 4:  # a map: (B, C, H, W), or (B, H, W, C) in networks that say so
-        places = (
-            places.flatten(1, 2) if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else places.flatten(2).mT
-        )
-    return pooled, places
 
 
 def _check_size(encoder: TimmEncoder, name: str) -> None:

@@ -2,6 +2,8 @@
 
 import difflib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,33 +41,33 @@ class TextConfig(Config):
     """The text tower."""
 
     name: str = "bert"
-    """a transformers encoder on the hub or in a folder, package:NAME, bert or roberta (random), or open_clip:NAME"""
+    """A transformers encoder (hub name, folder, package:NAME), bert or roberta (random), or open_clip:NAME."""
     pretrained: bool | str = False
-    """true: its published weights, false: random ones; for open_clip the tag"""
+    """True: its published weights, false: random ones; for open_clip the tag."""
     weights: str | None = None
-    """a local weights file (safetensors or torch), or package:NAME for the one inside an installed Python package"""
+    """A local weights file (safetensors or torch), or package:NAME: the one in an installed Python package."""
     tokenizer: str | None = None
-    """where the tokenizer comes from: hub name, folder or package:NAME; null: the same as name"""
+    """Where the tokenizer comes from: hub name, folder or package:NAME; null: the same as name."""
     context_length: int | None = None
-    """most tokens of a text, longer ones are cut; null: 77, or what the network can read if that is less"""
+    """Most tokens of a text, longer ones are cut; null: 77, or what the network can read if that is less."""
     pooling: Pooling = "auto"
-    """cls, mean or pooler; auto: what the checkpoint was trained with"""
+    """cls, mean or pooler; auto: what the checkpoint was trained with."""
     layers: int | None = None
-    """layers of a random network; null: as its config says"""
+    """Layers of a random network; null: as its config says."""
     width: int | None = None
-    """width of a random network; null: as its config says"""
+    """Width of a random network; null: as its config says."""
     heads: int | None = None
-    """attention heads of a random network; null: as its config says"""
+    """Attention heads of a random network; null: as its config says."""
     dropout: float | None = None
-    """dropout of activations and attention; null: as its config says"""
+    """Dropout of activations and attention; null: as its config says."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """which attention code runs"""
+    """Which attention code runs."""
     checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
+    """Recompute activations in the backward pass: less memory, more time."""
     lock: bool = False
-    """do not train this tower (LiT)"""
+    """Do not train this tower (LiT)."""
     unlock_last: int = 0
-    """with lock: how many of its last layers are trained all the same"""
+    """With lock: how many of its last layers are trained all the same."""
 
 
 class Tokenizer:
@@ -153,7 +155,10 @@ class BertEncoder(TextEncoder):
 
 
 def build_text_encoder(config: TextConfig) -> TextEncoder:
-    """The encoder that `config` describes, with its weights. Raises UserError for what does not exist or fit."""
+    """The encoder that `config` describes, with its weights.
+
+    Raises UserError for what does not exist or fit.
+    """
     if config.unlock_last and not config.lock:
         raise UserError(f"unlock_last {config.unlock_last} says nothing without lock: true")
     if config.name.startswith(OPEN_CLIP):
@@ -185,7 +190,7 @@ def _build_bert(config: TextConfig) -> BertEncoder:
         raise UserError("pretrained and weights are both given; keep one")
     if config.name in PRESETS and not config.tokenizer:
         raise UserError(
-            f"name: {config.name} has no words of its own; give tokenizer: a hub name, folder or package:NAME"
+            f"name: {config.name} has no words of its own; give tokenizer: hub name, folder or package:NAME"
         )
     if config.name in PRESETS and config.pretrained:
         raise UserError(
@@ -202,7 +207,8 @@ def _build_bert(config: TextConfig) -> BertEncoder:
     hf_config = _shaped(_hf_config(config.name, source, hf_tokenizer), config)
     if len(hf_tokenizer) > hf_config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(hf_tokenizer)} words, {config.name} only {hf_config.vocab_size}; choose the one it was trained with"
+            f"the tokenizer has {len(hf_tokenizer)} words, {config.name} only {hf_config.vocab_size}; "
+            "choose the one it was trained with"
         )
     pooling = _trained_pooling(config.name, source) if config.pooling == "auto" else config.pooling
     spec: dict[str, Any] = {
@@ -317,6 +323,22 @@ def _pretrained(source: str, hf_config: Any, spec: dict[str, Any]) -> nn.Module:
         )
     module: nn.Module = trunk
     return module
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar for a local read, and no table of unused tensors: what is missing is checked here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _trained_pooling(name: str, source: str) -> str:

@@ -13,8 +13,8 @@ from mm.errors import UserError
 class Tower(nn.Module):
     """An encoder whose parameters are grouped in layers, and whose first layers (or all) can be locked.
 
-    Locked-image tuning (LiT, Zhai et al. 2022, arXiv:2111.07991): locked layers get no gradient and stay in eval
-    mode (no dropout, BatchNorm statistics fixed) even after `train()`.
+    Locked-image tuning (LiT, Zhai et al. 2022, arXiv:2111.07991): locked layers get no gradient and stay in
+    eval mode (no dropout, BatchNorm statistics fixed) even after `train()`.
     """
 
     trunk: nn.Module
@@ -31,7 +31,8 @@ class Tower(nn.Module):
         layers = self.layers()
         if not 0 <= unlock_last < len(layers):
             raise UserError(
-                f"unlock_last {unlock_last} does not fit a tower of {len(layers)} layers; use 0 to {len(layers) - 1}"
+                f"unlock_last {unlock_last} does not fit a tower of {len(layers)} layers; "
+                f"use 0 to {len(layers) - 1}"
             )
         for layer in layers[: len(layers) - unlock_last]:
             for name in layer:
@@ -73,8 +74,8 @@ class Tower(nn.Module):
 def layers_around_blocks(module: nn.Module, first: tuple[str, ...], last: tuple[str, ...]) -> list[list[str]]:
     """Parameter names of a network with one list of blocks: what is before it, each block, what is after it.
 
-    Names that begin with one of `first` or `last` are before or after whatever their place; the others are placed as
-    the module defines them. What is after goes with the last block.
+    Names that begin with one of `first` or `last` are before or after whatever their place; the others are
+    placed as the module defines them. What is after goes with the last block.
     """
     lists = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
     path, blocks = max(lists, key=lambda item: len(item[1]), default=("", nn.ModuleList()))

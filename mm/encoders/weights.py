@@ -57,7 +57,7 @@ def weights_file(weights: str) -> Path:
 
 
 def model_folder(name: str) -> str:
-    """A local folder for `package:NAME` (the one with config.json), else `name` itself (a folder or a hub's name)."""
+    """A local folder for `package:NAME` (the one with config.json), else `name` itself (folder or hub name)."""
     if not name.startswith(PACKAGE):
         return name
     package = name.removeprefix(PACKAGE)
@@ -69,7 +69,7 @@ def model_folder(name: str) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or torch file by name, on the CPU; wrappers around them and prefixes taken off.
+    """Tensors of a .safetensors or torch file by name, on the CPU; what wraps and prefixes them is taken off.
 
     Raises UserError when the file is damaged or holds anything besides tensors and plain values.
     """
@@ -106,8 +106,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def match_by_order(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """The tensors of `state` under the names of `own`, paired in order; None unless every shape is equal.
 
-    For checkpoints of the same network written by other code, which differ in names alone. What `state` has beyond
-    the end of `own` (a classifier) is left out.
+    For checkpoints of the same network written by other code, which differ in names alone. What `state` has
+    beyond the end of `own` (a classifier) is left out.
     """
     if len(state) < len(own):
         return None
@@ -143,7 +143,7 @@ def load_strictly(
 
 @contextmanager
 def from_hub(what: str) -> Iterator[None]:
-    """Around a call that may fetch from the Hugging Face hub: without a network it reads the cache alone, at once.
+    """Around a call that may fetch from the Hugging Face hub: without a network the cache alone is read.
 
     (The hub's client would try for most of a minute.) A failure becomes a UserError that says what to do.
     """
@@ -161,8 +161,8 @@ def from_hub(what: str) -> Iterator[None]:
         raise UserError(
             f"{what} cannot be had: it is not on this machine and could not be fetched "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
-            "Give a local file or folder, or fetch it once on a machine with a network and copy its cache here "
-            f"({cache}, or where HF_HOME points); HF_HUB_OFFLINE=1 then keeps runs from trying the network"
+            "Give a local file (weights: FILE) or folder, or fetch it once on a machine with a network and copy "
+            f"its cache here ({cache}, or where HF_HOME points); HF_HUB_OFFLINE=1 then keeps runs from trying the network"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline

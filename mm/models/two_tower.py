@@ -23,21 +23,21 @@ class TwoTowerConfig(Config):
     """An image tower and a text tower that meet in one space."""
 
     image: ImageConfig = ImageConfig()
-    """the image tower"""
+    """The image tower."""
     text: TextConfig = TextConfig()
-    """the text tower"""
+    """The text tower."""
     projection: Literal["linear", "mlp", "none"] = "linear"
-    """how each tower's width becomes dim: linear (without bias), mlp, or none"""
+    """How each tower's width becomes dim: linear (without bias), mlp, or none."""
     dim: int | None = None
-    """size of the common space; null: 512, and with projection none the towers' own width"""
+    """Size of the common space; null: 512, and with projection none the towers' own width."""
     scale_init: float = 1 / 0.07
-    """first value of the factor on the cosines (CLIP 1/0.07, SigLIP 10)"""
+    """First value of the factor on the cosines (CLIP 1/0.07, SigLIP 10)."""
     scale_max: float = 100.0
-    """the factor's upper limit; its lower one is 1"""
+    """The factor's upper limit; its lower one is 1."""
     bias_init: float | None = None
-    """first value of the term added to the scaled cosines, for the sigmoid loss (SigLIP -10); null: there is none"""
+    """First value of the term added to the scaled cosines, for the sigmoid loss (SigLIP -10); null: none."""
     bias_max: float = 100.0
-    """limit of that term on both sides"""
+    """Limit of that term on both sides."""
 
 
 class TwoTowerOutput(NamedTuple):
@@ -54,7 +54,7 @@ class TwoTowerOutput(NamedTuple):
 
 
 class _Clamp(torch.autograd.Function):
-    """Clamp whose gradient stops only what would lead further out, so that a value at its limit can leave it."""
+    """Clamp whose gradient stops only what leads further out, so that a value at its limit can leave it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
@@ -130,7 +130,7 @@ class TwoTower(nn.Module):
     def forward(
         self, images: Tensor | None = None, input_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> TwoTowerOutput:
-        """images (B, 3, H, W) uint8 or float in [0, 1]; input_ids (B, L) int64 with mask (B, L) bool; either or both."""
+        """Either or both of images (B, 3, H, W), uint8 or float in [0, 1], and input_ids (B, L) int64 with mask bool."""
         image = text = None
         if images is not None:
             image = unit(self.image_projection(self.image(images).pooled))
@@ -167,7 +167,7 @@ class TwoTower(nn.Module):
         return torch.cat(rows) if rows else torch.empty(0, self.dim)
 
     def parameter_layers(self) -> dict[str, tuple[str, int, int]]:
-        """For each parameter its (tower, depth, depths): 'image', 'text' or 'head', counted from 0 at the input."""
+        """For each parameter (tower, depth, depths): tower image, text or head; depth from 0 at the input."""
         places: dict[str, tuple[str, int, int]] = {}
         for tower, encoder in (("image", self.image), ("text", self.text)):
             layers = encoder.layers()

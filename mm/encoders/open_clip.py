@@ -1,0 +1,362 @@
+"""Towers, tokenizers and preprocessing of open_clip: `open_clip:NAME`, a JSON config, or a folder with both files.
+
+A tower gives open_clip's own output (its projection included), so two of them with `projection: none` are the model
+that open_clip builds (Ilharco et al. 2021, https://github.com/mlfoundations/open_clip).
+"""
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from types import MethodType
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip import factory
+from open_clip import model as towers
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.timm_model import TimmModel
+from open_clip.transform import PreprocessCfg
+from torch import Tensor, nn
+
+from mm.encoders import Features
+from mm.encoders.image import OPEN_CLIP, ImageConfig, ImageEncoder
+from mm.encoders.text import TextConfig, TextEncoder
+from mm.encoders.timm_trunk import parameter_groups, pooled_and_tokens
+from mm.encoders.tower import layers_around_blocks
+from mm.encoders.weights import from_hub, weights_file
+from mm.errors import UserError
+
+
+class _Source(NamedTuple):
+    """What a name stands for."""
+
+    name: str
+    model: dict[str, Any]
+    preprocess: dict[str, Any]
+    checkpoint: Path | None
+
+
+class OpenClipTokenizer:
+    """open_clip's tokenizer, one text at a time and without its padding. Pickles to workers."""
+
+    def __init__(self, backend: Any, context_length: int) -> None:
+        self.backend = backend
+        self.context_length = context_length
+        hf = getattr(backend, "tokenizer", None)
+        self.pad_id: int = 0 if hf is None else hf.pad_token_id
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids with start and end of text, at most `context_length`."""
+        ids: list[int] = self.backend([text], self.context_length)[0].tolist()
+        while len(ids) > 1 and ids[-1] == self.pad_id:
+            ids.pop()
+        return ids
+
+    def pad(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids (B, L) int64 and mask (B, L) bool, L the longest of `ids`."""
+        rows = [torch.tensor(one, dtype=torch.int64) for one in ids]
+        mask = nn.utils.rnn.pad_sequence(
+            [torch.ones(len(one), dtype=torch.bool) for one in rows], batch_first=True
+        )
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id), mask
+
+    def save(self, folder: Path) -> None:
+        """Write what is not part of the open_clip package: nothing for CLIP's own vocabulary."""
+        if hasattr(self.backend, "tokenizer"):
+            self.backend.save_pretrained(folder)
+
+
+class OpenClipImageEncoder(ImageEncoder):
+    """The image tower of an open_clip model."""
+
+    def __init__(self, spec: dict[str, Any], visual: nn.Module | None = None) -> None:
+        trunk = _image_tower(spec) if visual is None else visual
+        if isinstance(trunk, TimmModel) and hasattr(trunk.trunk, "set_input_size"):
+            if trunk.trunk.patch_embed.img_size != (spec["size"], spec["size"]):
+                trunk.set_input_size(spec["size"])
+        if spec["checkpointing"]:
+            if isinstance(trunk, ModifiedResNet):
+                raise UserError(f"{spec['name']} has no gradient checkpointing; set checkpointing to false")
+            trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+        if isinstance(trunk, TimmModel):
+            trunk.trunk.forward = MethodType(pooled_and_tokens, trunk.trunk)
+            trunk.forward = MethodType(_timm_forward, trunk)  # type: ignore[assignment]
+        elif isinstance(trunk, ModifiedResNet):
+            trunk.forward = MethodType(_resnet_forward, trunk)  # type: ignore[assignment]
+        else:
+            trunk.output_tokens = True  # type: ignore[assignment]
+        super().__init__(trunk, width=spec["model"]["embed_dim"], spec=spec)
+
+    def layers(self) -> list[list[str]]:
+        if isinstance(self.trunk, TimmModel):
+            groups = [[f"trunk.{name}" for name in group] for group in parameter_groups(self.trunk.trunk)]
+            head = [f"head.{name}" for name, _ in self.trunk.head.named_parameters()]
+            groups += [head] if head else []
+        elif isinstance(self.trunk, ModifiedResNet):
+            stages = ("layer1.", "layer2.", "layer3.", "layer4.", "attnpool.")
+            names = [name for name, _ in self.trunk.named_parameters()]
+            groups = [[name for name in names if not name.startswith(stages)]]
+            groups += [[name for name in names if name.startswith(stage)] for stage in stages]
+        else:
+            first = ("conv1.", "class_embedding", "positional_embedding", "ln_pre.")
+            groups = _projection_apart(
+                layers_around_blocks(self.trunk, first, ("ln_post.", "attn_pool", "proj")), "proj"
+            )
+        return [[f"trunk.{name}" for name in group] for group in groups]
+
+
+class OpenClipTextEncoder(TextEncoder):
+    """The text tower of an open_clip model.
+
+    Texts are trimmed to the longest of the batch where that changes nothing, else padded to the full length here.
+    """
+
+    def __init__(
+        self, spec: dict[str, Any], tokenizer: OpenClipTokenizer, trunk: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.trunk = _text_tower(spec) if trunk is None else trunk
+        self.tokenizer = tokenizer
+        self.width = spec["model"]["embed_dim"]
+        config = spec["model"]["text_cfg"]
+        self.positions: int = self.trunk.context_length  # type: ignore[assignment]
+        self.trimmable = (
+            not config.get("hf_tokenizer_name")
+            and not config.get("no_causal_mask")
+            and not config.get("embed_cls")
+            and config.get("pool_type", "argmax") in ("argmax", "eos", "first")
+        )
+        self.trunk.output_tokens = True  # type: ignore[assignment]
+        self.trunk._embeds = MethodType(_embeds, self.trunk)  # type: ignore[assignment]
+        if spec["checkpointing"]:
+            self.trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Features:
+        if not self.trimmable:
+            rest = self.positions - input_ids.shape[1]
+            input_ids = F.pad(input_ids, (0, rest), value=self.tokenizer.pad_id)
+            mask = F.pad(mask, (0, rest), value=False)
+        with self.gradients():
+            pooled, tokens = self.trunk(input_ids)
+        return Features(pooled, tokens, mask)
+
+    def layers(self) -> list[list[str]]:
+        first = ("token_embedding.", "positional_embedding", "cls_emb")
+        groups = layers_around_blocks(self.trunk, first, ("ln_final.", "text_projection"))
+        return [[f"trunk.{name}" for name in group] for group in _projection_apart(groups, "text_projection")]
+
+
+def build_open_clip_image(config: ImageConfig) -> OpenClipImageEncoder:
+    """The image tower that `config` names, with its weights."""
+    if config.pooling != "auto" or config.drop_path is not None or config.kwargs:
+        raise UserError(
+            f"pooling, drop_path and kwargs belong to timm models; {config.name} has its own JSON config"
+        )
+    source = _source(config.name, config.pretrained)
+    vision = source.model["vision_cfg"]
+    trained_size = vision.get("image_size", 224)
+    trained_size = trained_size if isinstance(trained_size, int) else trained_size[0]
+    size = config.size or trained_size
+    if config.patch_dropout:
+        vision["patch_dropout"] = config.patch_dropout
+        if isinstance(vision.get("layers"), list):
+            raise UserError(f"patch_dropout is for ViTs; {config.name} has none")
+    step = 32 if isinstance(vision.get("layers"), list) else vision.get("patch_size", 16)
+    if "timm_model_name" not in vision:
+        if size % step:
+            below = size // step * step
+            fit = f"{below} or {below + step}" if below else str(step)
+            raise UserError(
+                f"size {size} does not fit {config.name}: it must be a multiple of {step}; use {fit}"
+            )
+        if isinstance(vision.get("layers"), list) and size != trained_size and _weights(config, source):
+            raise UserError(
+                f"size {size} does not fit the trained {config.name}: its pooling needs {trained_size}"
+            )
+        vision["image_size"] = size
+    spec = {
+        "kind": "open_clip",
+        "name": config.name,
+        "model": {
+            key: source.model[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in source.model
+        },
+        "size": size,
+        "checkpointing": config.checkpointing,
+        "mean": list(config.mean or source.preprocess["mean"]),
+        "std": list(config.std or source.preprocess["std"]),
+        "interpolation": config.interpolation
+        or source.preprocess["interpolation"].replace("random", "bicubic"),
+        "resize_mode": config.resize_mode or source.preprocess["resize_mode"],
+    }
+    path = _weights(config, source)
+    return OpenClipImageEncoder(spec, _load_both(source, path).visual if path else None)
+
+
+def build_open_clip_text(config: TextConfig) -> OpenClipTextEncoder:
+    """The text tower that `config` names, with its weights and tokenizer."""
+    own = ("layers", "width", "heads", "dropout", "tokenizer")
+    given = [key for key in own if getattr(config, key) is not None]
+    if given or config.pooling != "auto":
+        raise UserError(
+            f"{', '.join(given) or 'pooling'} cannot be chosen for {config.name}: it has its own JSON config"
+        )
+    source = _source(config.name, config.pretrained)
+    text = source.model["text_cfg"]
+    spec = {
+        "kind": "open_clip",
+        "name": config.name,
+        "model": {
+            key: source.model[key] for key in ("embed_dim", "text_cfg", "quick_gelu") if key in source.model
+        },
+        "context_length": config.context_length or text.get("context_length", 77),
+        "checkpointing": config.checkpointing,
+    }
+    if spec["context_length"] > text.get("context_length", 77):
+        limit = text.get("context_length", 77)
+        raise UserError(
+            f"context_length {config.context_length} is more than {config.name} can read; use at most {limit}"
+        )
+    folder = source.checkpoint.parent if source.checkpoint is not None else None
+    with from_hub(f"the tokenizer of {config.name}"):
+        tokenizer = load_tokenizer(spec, folder)
+    path = _weights(config, source)
+    return OpenClipTextEncoder(spec, tokenizer, _load_both(source, path).text if path else None)
+
+
+def load_tokenizer(spec: dict[str, Any], folder: Path | None) -> OpenClipTokenizer:
+    """The tokenizer of a text tower; `folder` holds its files where they are not part of the open_clip package."""
+    config, length = spec["model"]["text_cfg"], spec["context_length"]
+    arguments = config.get("tokenizer_kwargs") or {}
+    name = config.get("hf_tokenizer_name")
+    if not name:
+        return OpenClipTokenizer(open_clip.SimpleTokenizer(context_length=length, **arguments), length)
+    local = folder is not None and (folder / "tokenizer.json").is_file()
+    backend = open_clip.HFTokenizer(
+        str(folder) if local else name,
+        context_length=length,
+        tokenizer_mode=config.get("tokenizer_mode"),
+        **arguments,
+    )
+    return OpenClipTokenizer(backend, length)
+
+
+def _source(name: str, pretrained: bool | str) -> _Source:
+    target = name.removeprefix(OPEN_CLIP)
+    path = Path(target).expanduser()
+    preprocess = vars(PreprocessCfg()).copy()
+    checkpoint: Path | None = None
+    if path.suffix == ".json" or path.is_dir():
+        file = path / "open_clip_config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"there is no open_clip config {str(file)!r}")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model = content.get("model_cfg", content)
+        preprocess |= {
+            key: value for key, value in content.get("preprocess_cfg", {}).items() if value is not None
+        }
+        if path.is_dir():
+            found = factory._find_checkpoint_in_dir(path)
+            checkpoint = Path(found) if found else None
+        if pretrained and checkpoint is None:
+            raise UserError(f"there are no weights beside {str(file)!r}; give them as weights: FILE")
+    else:
+        target = target.replace("/", "-")
+        model = open_clip.get_model_config(target)
+        if model is None:
+            close = difflib.get_close_matches(target, open_clip.list_models(), n=4)
+            advice = f"closest: {', '.join(close)}" if close else "open_clip.list_models() has all names"
+            raise UserError(f"there is no open_clip model {target!r}; {advice}")
+        checkpoint = _published(target, pretrained, model, preprocess)
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
+        raise UserError(f"{name} is not an open_clip config: it needs embed_dim, vision_cfg and text_cfg")
+    model = copy.deepcopy(model)
+    if "multimodal_cfg" in model:
+        raise UserError(f"{name} is a CoCa model, which cannot be read; choose a CLIP or SigLIP model")
+    if model["text_cfg"].get("hf_model_name"):
+        other = model["text_cfg"]["hf_model_name"]
+        raise UserError(
+            f"the text tower of {name} is a transformers model: use text.name={other} instead of open_clip"
+        )
+    if model["vision_cfg"].get("timm_model_name"):
+        model["vision_cfg"]["timm_model_pretrained"] = False
+    return _Source(name, model, preprocess, checkpoint if pretrained else None)
+
+
+def _published(
+    target: str, pretrained: bool | str, model: dict[str, Any], preprocess: dict[str, Any]
+) -> Path | None:
+    if not pretrained:
+        return None
+    published = get_pretrained_cfg(target, pretrained) if isinstance(pretrained, str) else {}
+    if not published:
+        tags = ", ".join(list_pretrained_tags_by_model(target)) or "none"
+        raise UserError(f"pretrained: {pretrained} is not a tag of {target}; it has {tags}")
+    preprocess |= {key: published[key] for key in preprocess if published.get(key) is not None}
+    model["quick_gelu"] = bool(published.get("quick_gelu", False))
+    with from_hub(f"the weights {pretrained} of {target}"):
+        return Path(download_pretrained(published))
+
+
+def _weights(config: ImageConfig | TextConfig, source: _Source) -> Path | None:
+    return weights_file(config.weights) if config.weights else source.checkpoint
+
+
+def _load_both(source: _Source, path: Path) -> Any:
+    """Both towers with the weights of a checkpoint of the whole model; open_clip converts and resizes them."""
+    model = {
+        key: value for key, value in source.model.items() if key not in ("custom_text", "preprocess_cfg")
+    }
+    both = towers.CustomTextCLIP(**copy.deepcopy(model))
+    try:
+        open_clip.load_checkpoint(both, str(path), weights_only=True)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"the weights in {path} do not fit {source.name}: {str(error).splitlines()[0]}"
+        ) from error
+    return both
+
+
+def _image_tower(spec: dict[str, Any]) -> nn.Module:
+    model = copy.deepcopy(spec["model"])
+    tower: nn.Module = towers._build_vision_tower(
+        model["embed_dim"], model["vision_cfg"], model.get("quick_gelu", False)
+    )
+    return tower
+
+
+def _text_tower(spec: dict[str, Any]) -> nn.Module:
+    model = copy.deepcopy(spec["model"])
+    tower: nn.Module = towers._build_text_tower(
+        model["embed_dim"], model["text_cfg"], model.get("quick_gelu", False)
+    )
+    return tower
+
+
+def _embeds(trunk: Any, text: Tensor) -> tuple[Tensor, Tensor | None]:
+    """open_clip's, with the causal mask cut to the length of the batch (it does so only beside a padding mask)."""
+    x, mask = type(trunk)._embeds(trunk, text)
+    if mask is not None:
+        mask = mask[..., : x.shape[1], : x.shape[1]]
+    return x, mask
+
+
+def _timm_forward(visual: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    pooled, tokens = visual.trunk(images)
+    return visual.head(pooled), tokens
+
+
+def _resnet_forward(visual: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    places = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))
+    return visual.attnpool(places), places.flatten(2).mT
+
+
+def _projection_apart(groups: list[list[str]], prefix: str) -> list[list[str]]:
+    """The same layers with the output projection as a layer of its own, as open_clip counts when it locks."""
+    projection = [name for name in groups[-1] if name.startswith(prefix)]
+    rest = [name for name in groups[-1] if not name.startswith(prefix)]
+    return [group for group in (*groups[:-1], rest, projection) if group]
