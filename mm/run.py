@@ -1,0 +1,94 @@
+"""The run folder: opened new or to go on, never mixed up with another run."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mm import distributed
+from mm.config import Config, differences, dump, load
+from mm.errors import UserError
+
+CONFIG = "config.yaml"
+
+FREE_KEYS = (
+    "out",
+    "extend",
+    "log",
+    "data.workers",
+    "data.prefetch",
+    "data.shards",
+    "engine.zero_stage",
+    "engine.micro_batch",
+    "checkpoint.keep",
+    "make",
+    "report",
+)
+"""What may differ between a run and its continuation: where things lie and how the work is shared out. The
+shards may move; that they still are the same ones is checked by their hash in the training state."""
+
+
+def is_free(key: str) -> bool:
+    """Whether a dotted key, or a section above it, may change on resume."""
+    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+
+
+def open_run(config: Config) -> Path:
+    """Make the run folder of `config.out`, or check that it belongs to this very config. Collective.
+
+    Raises UserError on every rank when the folder holds something else, or a run of a changed config.
+    """
+    out = Path(config.out)  # type: ignore[attr-defined]
+    trouble = _claim(out, config) if distributed.is_main() else ""
+    trouble = distributed.broadcast_object(trouble)
+    if trouble:
+        raise UserError(trouble)
+    return out
+
+
+def _claim(out: Path, config: Config) -> str:
+    path = out / CONFIG
+    if out.exists() and not out.is_dir():
+        return f"out={out} is a file; name a folder for the run"
+    if not path.exists():
+        if out.exists() and any(out.iterdir()):
+            return f"out={out} exists, is not empty and is no run of mm ({CONFIG} is missing); name another folder"
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(path, dump(config))
+        return ""
+    try:
+        before = load(type(config), path)
+    except UserError as error:
+        return f"the run in {out} has a config this version cannot read; name another out=\n{error}"
+    changes = changed(before.model_dump(mode="json"), config.model_dump(mode="json"))
+    if changes:
+        listed = "\n".join(f"  {change}" for change in changes)
+        return (
+            f"{out} holds a run with another config; it goes on only with the same one:\n{listed}\n"
+            f"Set these back, or start a new run with another out="
+        )
+    write_text(path, dump(config))
+    return ""
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The differences that forbid going on, one line each."""
+    longer = now.get("extend") and now.get("samples", 0) > before.get("samples", 0)
+    lines = []
+    for line in differences(before, now):
+        key = line.split(":", 1)[0]
+        if is_free(key) or (key == "samples" and longer):
+            continue
+        hint = "  (a longer run is asked for with extend=true)" if key == "samples" else ""
+        lines.append(line + hint)
+    return lines
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,105 @@
+"""Contrastive pretraining: image-text pairs -> two towers whose embeddings agree (CLIP, SigLIP)."""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mm import losses
+from mm.config import Config
+from mm.data import decode
+from mm.data.shards import Sample
+from mm.encoders.text import Tokenizer
+from mm.models.two_tower import TwoTower
+
+
+class ContrastiveConfig(Config):
+    kind: Literal["contrastive", "sigmoid"] = "contrastive"
+    """`contrastive`: InfoNCE (CLIP, Radford et al. 2021); `sigmoid`: pairwise sigmoid (SigLIP, Zhai et al. 2023)."""
+    positives: Literal["same", "diagonal"] = "same"
+    """`same`: all pairs of an equal image or an equal caption are positives; `diagonal`: only the drawn pair is."""
+    captions: Literal["random", "first"] = "random"
+    """Of several captions of an image, which one a pass takes."""
+    templates: tuple[str, ...] = ("{}",)
+    """Sentences a caption is put into, `{}` marks its place; a pass draws one of them."""
+
+
+class Item(NamedTuple):
+    """One prepared sample."""
+
+    image: Tensor  # (3, S, S) uint8
+    ids: list[int]
+    image_id: int
+    text_id: int
+
+
+def content_id(data: bytes) -> int:
+    """A 63-bit name of some content: equal bytes, equal name."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+class PairPreparation:
+    """Raw sample -> one image and one of its captions, as tensors. Runs in the stream's workers."""
+
+    def __init__(
+        self,
+        transform: Callable[[Tensor, random.Random], Tensor],
+        tokenizer: Tokenizer,
+        *,
+        captions: Literal["random", "first"] = "random",
+        templates: Sequence[str] = ("{}",),
+    ) -> None:
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.captions = captions
+        self.templates = list(templates)
+
+    def __call__(self, sample: Sample, rng: random.Random) -> Item:
+        """Raises BadSample where the image or the caption cannot be used."""
+        texts = decode.captions(sample)
+        data = decode.image_bytes(sample)
+        caption = texts[0] if self.captions == "first" else rng.choice(texts)
+        template = rng.choice(self.templates)
+        image = self.transform(decode.image(data), rng)
+        return Item(
+            image=image,
+            ids=self.tokenizer(template.replace("{}", caption)),
+            image_id=content_id(data),
+            text_id=content_id(" ".join(caption.lower().split()).encode()),
+        )
+
+    def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """Items -> images (B, 3, S, S) uint8, input_ids and mask (B, L), image_ids and text_ids (B,)."""
+        input_ids, mask = self.tokenizer.pad([item.ids for item in items])
+        return {
+            "images": torch.stack([item.image for item in items]),
+            "input_ids": input_ids,
+            "mask": mask,
+            "image_ids": torch.tensor([item.image_id for item in items]),
+            "text_ids": torch.tensor([item.text_id for item in items]),
+        }
+
+
+class ContrastiveTask(nn.Module):
+    """Two towers and the loss that pulls their pairs together, over the batch of all ranks."""
+
+    def __init__(self, model: TwoTower, *, kind: str = "contrastive", positives: str = "same") -> None:
+        super().__init__()
+        self.model = model
+        self.kind = kind
+        self.positives = positives
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Batch of this rank -> loss (scalar; its mean over ranks is the global loss) and figures to log."""
+        output = self.model(images=batch["images"], input_ids=batch["input_ids"], mask=batch["mask"])
+        ids = {}
+        if self.positives == "same":
+            ids = {"image_ids": batch["image_ids"], "text_ids": batch["text_ids"]}
+        figures = {"scale": output.scale.detach()}
+        if self.kind == "sigmoid":
+            figures["bias"] = output.bias.detach()
+            return losses.sigmoid(output.image, output.text, output.scale, output.bias, **ids), figures
+        return losses.contrastive(output.image, output.text, output.scale, **ids), figures

@@ -1,0 +1,193 @@
+"""The program, as users start it: alone, under torchrun, killed, gone on with, and refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import mm
+from mm.data import make
+from mm.errors import UserError
+from train import pretrain
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "configs/debug/pretrain.yaml"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A few real drawings, small."""
+    folder = tmp_path_factory.mktemp("data") / "emoji"
+    return make.ensure("emoji", folder, size=32, limit=240)
+
+
+@pytest.fixture(scope="module")
+def tiny(data):
+    """Overrides that make the debug config a matter of seconds: 12 steps, a checkpoint every 3."""
+    return [
+        CONFIG,
+        "make=null",
+        f"data.shards={data}/train",
+        "data.workers=1",
+        "samples=384",
+        "batch=32",
+        "model.image.size=32",
+        "model.image.kwargs.depth=1",
+        "model.text.layers=1",
+        "optim.warmup=64",
+        "checkpoint.every=96",
+        "evaluate.every=192",
+        f"sets.val_loss.data={data}/val",
+        f"sets.test_source.data={data}/test_source",
+        f"sets.test_concepts.data={data}/test_concepts",
+        "log.every=1",
+        "log.tensorboard=false",
+    ]
+
+
+def program(*arguments, ranks=0, **kwargs):
+    """Start `train.pretrain` in a process of its own, under torchrun where ranks are given."""
+    launcher = [sys.executable, "-m", "train.pretrain"]
+    if ranks:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launcher = [*torchrun, "-m", "train.pretrain"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return output
+
+
+def events(run, name):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == name]
+
+
+def losses(run):
+    return {line["step"]: line["loss"] for line in events(run, "train")}
+
+
+def weights(run):
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A run from start to end without a disturbance."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    output = finish(program(*tiny, f"out={run}"))
+    return run, output
+
+
+def test_a_run_leaves_all_that_is_promised(whole):
+    run, output = whole
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "model", "report.html"} <= {p.name for p in run.iterdir()}
+    assert sorted(losses(run)) == list(range(1, 13))
+    first = events(run, "train")[0]
+    assert list(first)[:3] == ["event", "step", "samples"] and first["samples"] == 32
+    assert {"loss", "lr", "grad_norm", "samples_per_s", "data_wait"} <= first.keys()
+    assert 0 <= first["data_wait"] <= 1
+    assert [line["step"] for line in events(run, "eval")] == [6, 12]
+    figures = events(run, "eval")[-1]["figures"]
+    assert figures["test_source"]["samples"] > 100 and "loss" in figures["val_loss"]
+    assert 0 <= figures["test_concepts"]["accuracy"] <= 1
+    assert "Warning" not in output and "WARNING" not in output, output
+    assert "report.html" in output
+
+
+def test_the_model_describes_itself(whole):
+    run, _ = whole
+    model = mm.load(run)
+    pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    image, text = model.encode_image(pictures), model.encode_text(["a red thing", "a green one"])
+    assert image.shape == (3, 128) and text.shape == (2, 128)
+    assert image.dtype == text.dtype == torch.float32
+    torch.testing.assert_close(image.norm(dim=1), torch.ones(3))
+
+
+def test_the_written_config_repeats_the_run(whole, tmp_path):
+    run, _ = whole
+    again = tmp_path / "again"
+    finish(program(run / "config.yaml", f"out={again}"))
+    assert losses(again) == losses(run)
+    repeated = weights(again)
+    assert all(torch.equal(value, repeated[name]) for name, value in weights(run).items())
+
+
+def test_killed_and_started_again_ends_with_the_same_bits(whole, tiny, tmp_path):
+    run = tmp_path / "killed"
+    process = program(*tiny, f"out={run}")
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step_00000006").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    output = finish(program(*tiny, f"out={run}"))
+    assert "goes on from step" in output
+    undisturbed = weights(whole[0])
+    assert all(torch.equal(value, undisturbed[name]) for name, value in weights(run).items())
+    assert losses(run) == losses(whole[0])  # each step once, to the last digit
+
+
+def test_two_ranks_under_torchrun_learn_the_same_and_one_rank_goes_on(whole, tiny, tmp_path):
+    run = tmp_path / "two"
+    finish(program(*tiny, f"out={run}", "engine.zero_stage=2", ranks=2))
+    one, two = losses(whole[0]), losses(run)
+    assert one.keys() == two.keys()
+    assert max(abs(one[step] - two[step]) for step in one) < 1e-5
+    for later in sorted((run / "checkpoints").glob("step_*"))[1:]:
+        shutil.rmtree(later)
+    output = finish(program(*tiny, f"out={run}"))
+    assert "goes on from step" in output
+    mixed = losses(run)
+    assert max(abs(one[step] - mixed[step]) for step in one) < 1e-5
+
+
+def test_a_changed_config_is_refused_with_the_differences(whole, tiny):
+    run, _ = whole
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 0\.002") as caught:
+        pretrain.main([*tiny, f"out={run}", "optim.lr=0.002", "log.every=2"])
+    assert "log.every" not in str(caught.value)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch=0", "batch"),
+        ("model.image.name=vit_tinny_patch16_224", "vit_tiny_patch16_224"),
+        ("model.image.size=33", "33"),
+        ("data.shards=no/such/place", "no/such/place"),
+        ("sampels=3", "did you mean"),
+        ("evaluate.best=vall/loss", "vall/loss"),
+        ("optim.warmup=1_000_000", "warmup"),
+    ],
+)
+def test_mistakes_are_named(tiny, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        pretrain.main([*tiny, f"out={tmp_path / 'run'}", override])
+
+
+def test_exit_status_and_message_of_a_mistake(tiny, tmp_path):
+    process = program(*tiny, f"out={tmp_path / 'run'}", "optim.lr=fast", "sampels=3")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "optim.lr" in output and "fast" in output and "sampels" in output and "Traceback" not in output

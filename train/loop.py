@@ -1,0 +1,199 @@
+"""The one training loop: stream -> engine -> log, evaluation, checkpoints."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm import checkpoint, distributed
+from mm.checkpoint import TrainState
+from mm.config import Config
+from mm.data.ledger import Ledger
+from mm.data.stream import Stream
+from mm.engine import Engine, StepResult
+from mm.errors import UserError
+from mm.log import Log, message
+
+Figures = dict[str, dict[str, float]]
+"""Set name -> figure name -> value."""
+
+
+class CheckpointConfig(Config):
+    every: int | None = None
+    """Samples between checkpoints; null: a tenth of the run."""
+    keep: int = 3
+    """How many of the newest checkpoints are kept, besides that of the best metric."""
+
+
+class EvaluationConfig(Config):
+    every: int | None = None
+    """Samples between evaluations; null: only at the end."""
+    at_start: bool = False
+    """Evaluate before the first step too, to have something to compare with."""
+    best: str | None = None
+    """SET/FIGURE that decides which weights `model/` holds, as in `val/accuracy`; null: the last ones."""
+
+
+@dataclass
+class Schedule:
+    """When the loop does what, in steps counted from 1."""
+
+    steps: int
+    samples: int
+    save_every: int
+    evaluate_every: int | None
+    log_every: int
+
+    @classmethod
+    def of(cls, samples: int, batch: int, save: int | None, evaluate: int | None, log: int) -> "Schedule":
+        """From lengths in samples (all rounded to whole steps, at least one)."""
+        steps = math.ceil(samples / batch)
+        every = lambda count: max(1, round(count / batch))  # noqa: E731
+        return cls(
+            steps=steps,
+            samples=steps * batch,
+            save_every=every(save) if save else max(1, math.ceil(steps / 10)),
+            evaluate_every=every(evaluate) if evaluate else None,
+            log_every=log,
+        )
+
+
+class Loop:
+    """Runs an engine over a stream until the schedule ends, and leaves the run folder as it goes."""
+
+    def __init__(
+        self,
+        run: Path,
+        engine: Engine,
+        stream: Stream,
+        state: TrainState,
+        schedule: Schedule,
+        log: Log,
+        *,
+        rates: Callable[[int], Mapping[str, float]],
+        evaluate: Callable[[], Figures],
+        write_model: Callable[[TrainState], None],
+        best: str | None,
+        keep: int,
+    ) -> None:
+        self.run = run
+        self.engine = engine
+        self.stream = stream
+        self.state = state
+        self.schedule = schedule
+        self.log = log
+        self.rates = rates
+        self.evaluate = evaluate
+        self.write_model = write_model
+        self.best = best
+        self.keep = keep
+        self.ledger = Ledger(run / "bad_samples.jsonl")
+        self.bad: list[dict] = []
+        self.figures: Figures = {}
+        self._restart_clock()
+
+    def __call__(self) -> Figures:
+        """Train to the end; the figures of the last evaluation."""
+        batches = iter(self.stream)
+        while self.state.step < self.schedule.steps:
+            asked = time.perf_counter()
+            streamed = next(batches)
+            self.waited += time.perf_counter() - asked
+            rates = self.rates(self.state.samples)
+            result = self.engine.step(streamed.batch, rates)
+            self.state.step += 1
+            self.state.samples = streamed.position
+            self.bad += [{"step": self.state.step, **entry} for entry in streamed.bad]
+            self._after_step(rates, result)
+        return self.figures
+
+    def _after_step(self, rates: Mapping[str, float], result: StepResult) -> None:
+        step, schedule = self.state.step, self.schedule
+        last = step == schedule.steps
+        if step % schedule.log_every == 0 or last:
+            self._log_step(rates, result)
+        better = False
+        if last or (schedule.evaluate_every and step % schedule.evaluate_every == 0):
+            better = self._evaluate()
+        if better or last or step % schedule.save_every == 0:
+            self._save(result)
+        if better or (last and not self.best):
+            self.write_model(self.state)
+        if last or better or step % schedule.save_every == 0:
+            self._restart_clock()
+
+    def _log_step(self, rates: Mapping[str, float], result: StepResult) -> None:
+        state = self.state
+        seconds = time.perf_counter() - self.clock
+        shown = {
+            "loss": float(result.loss),
+            "samples_per_s": (state.samples - self.clock_samples) / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        self._write_ledger()
+        self.log.event(
+            "train",
+            state.step,
+            state.samples,
+            loss=shown.pop("loss"),
+            lr=rates["head"],
+            grad_norm=float(result.grad_norm),
+            **shown,
+            **{name: float(value) for name, value in result.figures.items()},
+        )
+        self.log.progress(state.step, state.samples, self.schedule.samples, loss=float(result.loss), **shown)
+        self._check_finite(float(result.loss))
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.clock, self.clock_samples, self.waited = time.perf_counter(), self.state.samples, 0.0
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {self.state.step}: these weights are lost. The checkpoints in "
+                f"{self.run / 'checkpoints'} are from before; start again with a lower optim.lr or a longer optim.warmup"
+            )
+
+    def _write_ledger(self) -> None:
+        entries = [entry for of_rank in distributed.gather_objects(self.bad) for entry in of_rank]
+        self.bad = []
+        if entries and distributed.is_main():
+            self.ledger.write(sorted(entries, key=lambda entry: entry["position"]))
+            message(
+                f"{len(entries)} samples could not be used and were replaced, the first: {entries[0]['shard']} "
+                f"{entries[0]['key']}: {entries[0]['reason']} (all in {self.ledger.path})"
+            )
+
+    def _evaluate(self) -> bool:
+        """Evaluate; whether the best metric got better."""
+        self.figures = self.evaluate()
+        self.log.event("eval", self.state.step, self.state.samples, figures=self.figures)
+        if not self.best:
+            return False
+        value = figure(self.figures, self.best)
+        name, before = self.best, self.state.best.get("value")
+        lower_is_better = name.rpartition("/")[2].endswith("loss")
+        if before is not None and (value >= before if lower_is_better else value <= before):
+            return False
+        self.state.best = {"name": name, "value": value, "step": self.state.step}
+        return True
+
+    def _save(self, result: StepResult) -> None:
+        self._check_finite(float(result.loss))
+        self._write_ledger()
+        started = time.perf_counter()
+        checkpoint.save(self.run, self.state, self.engine)
+        checkpoint.prune(self.run, self.keep, keep={self.state.best.get("step", self.state.step)})
+        self.log.event("save", self.state.step, self.state.samples, seconds=time.perf_counter() - started)
+
+
+def figure(figures: Figures, name: str) -> float:
+    """The figure called SET/FIGURE; UserError naming those that exist."""
+    group, _, key = name.partition("/")
+    try:
+        return figures[group][key]
+    except KeyError:
+        known = ", ".join(f"{group}/{key}" for group, values in figures.items() for key in values) or "none"
+        raise UserError(f"evaluate.best={name!r} is not among the figures of this run: {known}") from None
