@@ -1,7 +1,7 @@
 """The command `mm`: reads its arguments, and hands over."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn
 
 from mm.errors import UserError
@@ -16,7 +16,7 @@ mm COMMAND --help says more about each. Training and evaluation are programs of 
 """
 INDEX_HELP = """usage: mm data index SHARDS ...
 
-SHARDS: folders, files or patterns such as 'data/cc3m/{00000..00331}.tar' of webdataset tars, img2dataset's included.
+SHARDS: folders, files or patterns such as 'data/cc3m/{00000..00331}.tar' of webdataset tars (img2dataset's, too).
 Writes NAME.idx beside each shard, and sizes.json in its folder: training reads them.
 """
 
@@ -75,7 +75,7 @@ def index(argv: list[str]) -> None:
 
 def _pick(
     commands: dict[str, Callable[[list[str]], None]], name: str, what: str
-) -> Callable[[Sequence[str]], None]:
+) -> Callable[[list[str]], None]:
     if name not in commands:
         close = difflib.get_close_matches(name, commands, n=1, cutoff=0.5)
         meant = f"did you mean {close[0]}? " if close else ""

@@ -3,11 +3,13 @@
 import difflib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mm import config as configs
-from mm.data.sources import SOURCES, Source
+from mm.data.sources import SOURCES, Source, files
+from mm.data.sources.files import FilesConfig
 from mm.data.sources.output import MARKER, SourceConfig, complete_folder
 from mm.errors import UserError
 
@@ -22,7 +24,9 @@ def make(source: str, out: Path | str, **options: Any) -> Path:
 
 
 def make_from(source: str, overrides: Sequence[str]) -> Path:
-    """`make` with options as on the command line: `key=value`."""
+    """`make` with options as on the command line: `key=value`. A folder of shards (img2dataset's) is indexed."""
+    if source not in SOURCES and not overrides and holds_shards(Path(source).expanduser()):
+        return _index(source)
     chosen = find(source)
     return _write(source, chosen, configs.load(chosen.config, None, overrides))
 
@@ -44,20 +48,27 @@ def ensure(source: str, out: Path | str, **options: Any) -> Path:
     changes = configs.differences(made["config"], _described(config))
     if changes:
         raise UserError(
-            f"{out} was made with other options ({'; '.join(changes)}); choose another folder, or make it again:\n"
+            f"{out} was made with other options ({'; '.join(changes)}); choose another folder, or run\n"
             f"  {command(source, config)} overwrite=true"
         )
     return out
 
 
 def find(source: str) -> Source:
-    """The source of that name; UserError with the nearest names."""
+    """The source of that name, or the folder or table at that path; UserError with the nearest names."""
     if source in SOURCES:
         return SOURCES[source]
+    path = Path(source).expanduser()
+    if path.exists():
+        if holds_shards(path):
+            raise UserError(
+                f"{source} holds shards already, which train as they are; run: mm data index {source}"
+            )
+        return Source(FilesConfig, partial(files.write, path), "images and captions of yours")
     close = difflib.get_close_matches(source, SOURCES, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
     raise UserError(
-        f"there is no source {source!r}: {meant}known are {', '.join(SOURCES)}, or a folder or table of yours"
+        f"there is no source, folder or table {source!r}; {meant}known sources: {', '.join(SOURCES)}"
     )
 
 
@@ -65,6 +76,10 @@ def about_sources() -> str:
     """What `mm data make --help` prints."""
     lines = ["usage: mm data make SOURCE [key=value ...]", "", "SOURCE is one of", ""]
     lines += [f"  {name:12} {source.about}" for name, source in SOURCES.items()]
+    lines += [
+        "  FOLDER       images, with captions in NAME.txt or NAME.json beside them (as img2dataset writes)",
+        "  TABLE        .csv .tsv .jsonl .json (COCO's captions): a column of image paths, one of captions",
+    ]
     lines += ["", "mm data make SOURCE --help lists its keys."]
     return "\n".join(lines) + "\n"
 
@@ -77,6 +92,19 @@ def command(source: str, config: SourceConfig) -> str:
         if key in config.model_fields_set
     ]
     return " ".join(["mm data make", source, *given])
+
+
+def holds_shards(path: Path) -> bool:
+    """Whether the path is a shard or a folder of shards."""
+    return path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar")))
+
+
+def _index(shards: str) -> Path:
+    from mm.data.shards import index_shards
+
+    counts = index_shards(shards)
+    print(f"{shards}: {len(counts):,} shards with {sum(counts.values()):,} samples, indexed where they are")
+    return Path(shards)
 
 
 def _write(source: str, chosen: Source, config: SourceConfig) -> Path:

@@ -1,8 +1,8 @@
-"""Emoji: about 1,900 concepts drawn by several artists, from pip packages. Train on one artist, test on another.
+"""Emoji: about 1,900 concepts by several artists, from pip packages. Train on one artist, test on another.
 
 Concepts are told apart by their normalised names and dealt to train, val and test by a hash of these; what
-differs only in gender or direction (`man running facing right`) and what an artist draws alike stays together.
-No training caption equals a name or alias of a concept held out, nor the name of a category.
+differs only in gender or direction (`man running`, `woman running`) and what an artist draws alike stays
+together. No training caption equals a name or alias of a concept held out, nor the name of a category.
 """
 
 import hashlib
@@ -201,7 +201,7 @@ def read_concepts() -> list[Concept]:
 def kin(concepts: Sequence[Concept], drawn: Iterable[Mapping[str, bytes]]) -> dict[str, str]:
     """Name of each concept -> the name that stands for all its kin.
 
-    Kin differ in gender or direction only, or an artist drew them alike. drawn: of each artist, code -> image.
+    Kin differ in gender or direction only, or an artist drew them alike. drawn: by artist, code -> image.
     """
     parent = {concept.name: concept.name for concept in concepts}
 
@@ -228,7 +228,7 @@ _WHO = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|facing right)\
 def split(
     concepts: Sequence[Concept], kin: Mapping[str, str], seed: int, val_share: float, test_share: float
 ) -> None:
-    """Deal concepts to train, val and test by a hash of their kin's name; drop training captions that leak."""
+    """Deal concepts to train, val and test by a hash of their kin's name; drop captions that leak."""
     for concept in concepts:
         place = fraction(kin[concept.name], seed)
         concept.split = "test" if place < test_share else "val" if place < test_share + val_share else "train"
@@ -294,7 +294,7 @@ def png(drawing: Path | str, size: int) -> bytes:
 def _readme(config: EmojiConfig, sources: Mapping[str, Art], report: Report) -> Iterator[str]:
     yield "# Emoji"
     yield ""
-    yield f"Made by `mm data make emoji`, {config.size} px, split {config.split_seed}. Licences of the images:"
+    yield f"Made by `mm data make emoji`, {config.size} px, split {config.split_seed}. Licences of the art:"
     yield ""
     for name, art in sources.items():
         yield f"- {name}: {art.title}, {art.licence}"
@@ -313,6 +313,6 @@ def _readme(config: EmojiConfig, sources: Mapping[str, Art], report: Report) -> 
     ):
         yield f"| {name} | {artist} | {concepts} | {report.counts[name]} |"
     yield ""
-    yield "Concepts are split by their normalised names; what differs in gender or direction only, and what an"
-    yield "artist draws alike, stays together. No training caption equals the name or an alias of a concept held"
-    yield "out, or the name of a category."
+    yield "Concepts are split by their normalised names; what differs in gender or direction only, and what"
+    yield "an artist draws alike, stays together. No training caption equals the name or an alias of a concept"
+    yield "held out, or the name of a category."
