@@ -13,7 +13,7 @@ from mm.config import Config
 from mm.encoders import Features
 from mm.encoders.timm_trunk import parameter_groups, pooled_and_tokens
 from mm.encoders.tower import Tower
-from mm.encoders.weights import from_hub, load_strictly, read_weights, weights_file
+from mm.encoders.weights import from_hub, load_strictly, read_weights, tower_of_model, weights_file
 from mm.errors import UserError
 
 OPEN_CLIP = "open_clip:"
@@ -31,7 +31,7 @@ class ImageConfig(Config):
     pretrained: bool | str = False
     """True: published weights (timm's tag belongs to the name: resnet50.a1_in1k); for open_clip the tag."""
     weights: str | None = None
-    """A local weights file (safetensors or torch), or package:NAME: the one in an installed Python package."""
+    """A local file (safetensors or torch), or package:NAME: the one in an installed Python package."""
     pooling: str = "auto"
     """How places become one vector: auto (the network's own), or a timm pooling such as avg, token, map."""
     checkpointing: bool = False
@@ -53,7 +53,7 @@ class ImageConfig(Config):
     interpolation: Interpolation | None = None
     """How images are resized: bilinear, bicubic or nearest; null: as the network was trained."""
     resize_mode: ResizeMode | None = None
-    """Shortest side to size, then crop; longest side to size, then pad; or squash; null: as it was trained."""
+    """The shortest side becomes size (crop), or the longest (pad), or squash; null: as it was trained."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the timm network, such as {depth: 6}."""
 
@@ -89,8 +89,9 @@ class TimmEncoder(ImageEncoder):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         trunk = _create(spec)
-        trunk.forward = MethodType(pooled_and_tokens, trunk)  # type: ignore[assignment]
-        super().__init__(trunk, width=getattr(trunk, "head_hidden_size", trunk.num_features), spec=spec)
+        trunk.forward = MethodType(pooled_and_tokens, trunk)
+        width: Any = getattr(trunk, "head_hidden_size", trunk.num_features)
+        super().__init__(trunk, width=width, spec=spec)
         if spec["checkpointing"]:
             try:
                 trunk.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -215,7 +216,7 @@ def _check_size(encoder: TimmEncoder, name: str) -> None:
 
 def _load_file(trunk: nn.Module, weights: str, classifier: str | tuple[str, ...] | None) -> None:
     path = weights_file(weights)
-    state = read_weights(path)
+    state = tower_of_model(read_weights(path), "image.trunk.")
     # each timm family knows how to read its checkpoints' older names and other sizes
     adapt = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
     if adapt is not None and trunk.state_dict().keys() & state.keys():

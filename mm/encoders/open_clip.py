@@ -1,12 +1,15 @@
-"""Towers, tokenizers and preprocessing of open_clip: `open_clip:NAME`, a JSON config, or a folder with both files.
+"""Towers, tokenizers and preprocessing of open_clip: `open_clip:NAME`, or :CONFIG.json, or :FOLDER.
 
-A tower gives open_clip's own output (its projection included), so two of them with `projection: none` are the model
-that open_clip builds (Ilharco et al. 2021, https://github.com/mlfoundations/open_clip).
+A tower gives open_clip's own output (its projection included), so two of them with `projection: none` are the
+model that open_clip builds (Ilharco et al. 2021, https://github.com/mlfoundations/open_clip).
 """
 
 import copy
 import difflib
 import json
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -74,19 +77,18 @@ class OpenClipImageEncoder(ImageEncoder):
     """The image tower of an open_clip model."""
 
     def __init__(self, spec: dict[str, Any], visual: nn.Module | None = None) -> None:
-        trunk = _image_tower(spec) if visual is None else visual
+        trunk = _tower(spec, towers._build_vision_tower, "vision_cfg") if visual is None else visual
         if isinstance(trunk, TimmModel) and hasattr(trunk.trunk, "set_input_size"):
-            if trunk.trunk.patch_embed.img_size != (spec["size"], spec["size"]):
-                trunk.set_input_size(spec["size"])
+            trunk.set_input_size(spec["size"])
         if spec["checkpointing"]:
             if isinstance(trunk, ModifiedResNet):
                 raise UserError(f"{spec['name']} has no gradient checkpointing; set checkpointing to false")
             trunk.set_grad_checkpointing(True)  # type: ignore[operator]
         if isinstance(trunk, TimmModel):
             trunk.trunk.forward = MethodType(pooled_and_tokens, trunk.trunk)
-            trunk.forward = MethodType(_timm_forward, trunk)  # type: ignore[assignment]
+            trunk.forward = MethodType(_timm_forward, trunk)
         elif isinstance(trunk, ModifiedResNet):
-            trunk.forward = MethodType(_resnet_forward, trunk)  # type: ignore[assignment]
+            trunk.forward = MethodType(_resnet_forward, trunk)
         else:
             trunk.output_tokens = True  # type: ignore[assignment]
         super().__init__(trunk, width=spec["model"]["embed_dim"], spec=spec)
@@ -112,7 +114,7 @@ class OpenClipImageEncoder(ImageEncoder):
 class OpenClipTextEncoder(TextEncoder):
     """The text tower of an open_clip model.
 
-    Texts are trimmed to the longest of the batch where that changes nothing, else padded to the full length here.
+    Texts are trimmed to the longest of the batch where that changes nothing, else padded to the full length.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class OpenClipTextEncoder(TextEncoder):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.trunk = _text_tower(spec) if trunk is None else trunk
+        self.trunk = _tower(spec, towers._build_text_tower, "text_cfg") if trunk is None else trunk
         self.tokenizer = tokenizer
         self.width = spec["model"]["embed_dim"]
         config = spec["model"]["text_cfg"]
@@ -229,7 +231,7 @@ def build_open_clip_text(config: TextConfig) -> OpenClipTextEncoder:
 
 
 def load_tokenizer(spec: dict[str, Any], folder: Path | None) -> OpenClipTokenizer:
-    """The tokenizer of a text tower; `folder` holds its files where they are not part of the open_clip package."""
+    """The tokenizer of a text tower; `folder` may hold its files, where open_clip does not bring them."""
     config, length = spec["model"]["text_cfg"], spec["context_length"]
     arguments = config.get("tokenizer_kwargs") or {}
     name = config.get("hf_tokenizer_name")
@@ -254,7 +256,10 @@ def _source(name: str, pretrained: bool | str) -> _Source:
         file = path / "open_clip_config.json" if path.is_dir() else path
         if not file.is_file():
             raise UserError(f"there is no open_clip config {str(file)!r}")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON: {error}") from error
         model = content.get("model_cfg", content)
         preprocess |= {
             key: value for key, value in content.get("preprocess_cfg", {}).items() if value is not None
@@ -307,38 +312,37 @@ def _weights(config: ImageConfig | TextConfig, source: _Source) -> Path | None:
 
 
 def _load_both(source: _Source, path: Path) -> Any:
-    """Both towers with the weights of a checkpoint of the whole model; open_clip converts and resizes them."""
-    model = {
-        key: value for key, value in source.model.items() if key not in ("custom_text", "preprocess_cfg")
-    }
-    both = towers.CustomTextCLIP(**copy.deepcopy(model))
+    """Both towers with the weights of a whole model's checkpoint; open_clip converts and resizes them."""
+    keys = ("custom_text", "preprocess_cfg")
+    with _readable(source.name):
+        both = towers.CustomTextCLIP(
+            **{key: copy.deepcopy(value) for key, value in source.model.items() if key not in keys}
+        )
     try:
         open_clip.load_checkpoint(both, str(path), weights_only=True)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"the weights in {path} do not fit {source.name}: {str(error).splitlines()[0]}"
-        ) from error
+    except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the weights in {path} do not fit {source.name}: {reason}") from error
     return both
 
 
-def _image_tower(spec: dict[str, Any]) -> nn.Module:
+def _tower(spec: dict[str, Any], build: Callable[..., nn.Module], section: str) -> nn.Module:
     model = copy.deepcopy(spec["model"])
-    tower: nn.Module = towers._build_vision_tower(
-        model["embed_dim"], model["vision_cfg"], model.get("quick_gelu", False)
-    )
-    return tower
+    with _readable(spec["name"]):
+        return build(model["embed_dim"], model[section], model.get("quick_gelu", False))
 
 
-def _text_tower(spec: dict[str, Any]) -> nn.Module:
-    model = copy.deepcopy(spec["model"])
-    tower: nn.Module = towers._build_text_tower(
-        model["embed_dim"], model["text_cfg"], model.get("quick_gelu", False)
-    )
-    return tower
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Around the building of a tower from a user's JSON: what open_clip does not know is named."""
+    try:
+        yield
+    except TypeError as error:
+        raise UserError(f"the config of {name} is not one that open_clip reads: {error}") from error
 
 
 def _embeds(trunk: Any, text: Tensor) -> tuple[Tensor, Tensor | None]:
-    """open_clip's, with the causal mask cut to the length of the batch (it does so only beside a padding mask)."""
+    """open_clip's, with the causal mask cut to the batch's length (it does so only beside a padding mask)."""
     x, mask = type(trunk)._embeds(trunk, text)
     if mask is not None:
         mask = mask[..., : x.shape[1], : x.shape[1]]

@@ -14,7 +14,14 @@ from mm.config import Config
 from mm.encoders import Features
 from mm.encoders.image import OPEN_CLIP
 from mm.encoders.tower import Tower, layers_around_blocks
-from mm.encoders.weights import from_hub, load_strictly, model_folder, read_weights, weights_file
+from mm.encoders.weights import (
+    from_hub,
+    load_strictly,
+    model_folder,
+    read_weights,
+    tower_of_model,
+    weights_file,
+)
 from mm.errors import UserError
 
 PRESETS = ("bert", "roberta")
@@ -41,11 +48,11 @@ class TextConfig(Config):
     """The text tower."""
 
     name: str = "bert"
-    """A transformers encoder (hub name, folder, package:NAME), bert or roberta (random), or open_clip:NAME."""
+    """A transformers encoder (hub name, folder, package:NAME), or bert, roberta (random), or open_clip:NAME."""
     pretrained: bool | str = False
     """True: its published weights, false: random ones; for open_clip the tag."""
     weights: str | None = None
-    """A local weights file (safetensors or torch), or package:NAME: the one in an installed Python package."""
+    """A local file (safetensors or torch), or package:NAME: the one in an installed Python package."""
     tokenizer: str | None = None
     """Where the tokenizer comes from: hub name, folder or package:NAME; null: the same as name."""
     context_length: int | None = None
@@ -211,10 +218,11 @@ def _build_bert(config: TextConfig) -> BertEncoder:
             "choose the one it was trained with"
         )
     pooling = _trained_pooling(config.name, source) if config.pooling == "auto" else config.pooling
+    hf_values = json.loads(hf_config.to_json_string(use_diff=False))
     spec: dict[str, Any] = {
         "kind": "bert",
         "name": config.name,
-        "hf": json.loads(hf_config.to_json_string(use_diff=False)),
+        "hf": {key: value for key, value in hf_values.items() if key != "_name_or_path"},
         "pooling": pooling,
         "attention": config.attention,
         "checkpointing": config.checkpointing,
@@ -228,7 +236,7 @@ def _build_bert(config: TextConfig) -> BertEncoder:
     encoder = BertEncoder(spec, Tokenizer(hf_tokenizer, spec["context_length"]), trunk)
     if config.weights:
         path = weights_file(config.weights)
-        state = read_weights(path)
+        state = tower_of_model(read_weights(path), "text.trunk.")
         prefix = f"{trunk.base_model_prefix}."
         if all(not name.startswith(prefix) for name in state):
             prefix = ""
@@ -268,7 +276,8 @@ def _shaped(hf_config: Any, config: TextConfig) -> Any:
     if config.layers is not None:
         hf_config.num_hidden_layers = config.layers
     if config.width is not None:
-        hf_config.intermediate_size = hf_config.intermediate_size * config.width // hf_config.hidden_size
+        if hasattr(hf_config, "intermediate_size"):
+            hf_config.intermediate_size = hf_config.intermediate_size * config.width // hf_config.hidden_size
         hf_config.hidden_size = config.width
         if config.heads is None and config.width % 64 == 0:
             hf_config.num_attention_heads = config.width // 64
@@ -306,12 +315,12 @@ def _pretrained(source: str, hf_config: Any, spec: dict[str, Any]) -> nn.Module:
         "dtype": torch.float32,
         "output_loading_info": True,
     }
-    try:
-        trunk, info = AutoModel.from_pretrained(
-            source, add_pooling_layer=spec["pooling"] == "pooler", **arguments
-        )
-    except TypeError:
-        trunk, info = AutoModel.from_pretrained(source, **arguments)
+    pooler = {"add_pooling_layer": spec["pooling"] == "pooler"}
+    with _quiet_transformers():
+        try:
+            trunk, info = AutoModel.from_pretrained(source, **pooler, **arguments)
+        except TypeError:  # a family that never has a pooler
+            trunk, info = AutoModel.from_pretrained(source, **arguments)
     missing = sorted(info["missing_keys"])
     if any(name.startswith("pooler.") for name in missing):
         raise UserError(

@@ -8,8 +8,8 @@ from torch import Tensor
 def pooled_and_tokens(trunk: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """A forward for a timm network without classifier: its pooled vector (B, D) and its places (B, L, D').
 
-    Bound to the network in place of its own forward, so that calls still go through its `__call__`: ZeRO-3 gathers
-    the network's own parameters in hooks there.
+    Bound to the network in place of its own forward, so that calls still go through its `__call__`: ZeRO-3
+    gathers the network's own parameters in hooks there.
     """
     places = trunk.forward_features(images)
     pooled = trunk.forward_head(places)

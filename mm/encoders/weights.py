@@ -6,6 +6,7 @@ import pickle
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -57,7 +58,7 @@ def weights_file(weights: str) -> Path:
 
 
 def model_folder(name: str) -> str:
-    """A local folder for `package:NAME` (the one with config.json), else `name` itself (folder or hub name)."""
+    """The folder with config.json for `package:NAME`, else `name` itself (a folder or a hub's name)."""
     if not name.startswith(PACKAGE):
         return name
     package = name.removeprefix(PACKAGE)
@@ -101,6 +102,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not state:
         raise UserError(f"{path} holds no weights by name")
     return state
+
+
+def tower_of_model(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one tower where `state` is a whole model of mm, else all of them."""
+    tower = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return tower or state
 
 
 def match_by_order(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -161,13 +168,15 @@ def from_hub(what: str) -> Iterator[None]:
         raise UserError(
             f"{what} cannot be had: it is not on this machine and could not be fetched "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
-            "Give a local file (weights: FILE) or folder, or fetch it once on a machine with a network and copy "
-            f"its cache here ({cache}, or where HF_HOME points); HF_HUB_OFFLINE=1 then keeps runs from trying the network"
+            "Give a local file (weights: FILE) or folder, or fetch it once on a machine with a network and "
+            f"copy its cache here ({cache}, or where HF_HOME points); HF_HUB_OFFLINE=1 then keeps runs from "
+            "trying the network"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline
 
 
+@cache
 def _name_resolves(endpoint: str) -> bool:
     if getproxies():
         return True  # the proxy resolves names

@@ -87,31 +87,31 @@ def save_model(
 def load_model(path: str | Path) -> TwoTower:
     """The model in a run folder, in its model/ folder or in an exported one, in eval mode on the CPU.
 
-    Reads no other file and no hub, and runs nothing that the folder holds. Raises UserError when there is none.
+    Reads no other file and no hub, and runs nothing that the folder holds.
+    Raises UserError when there is no model.
     """
     path = Path(path).expanduser()
     looked = [path / "model", path]
-    for folder in looked:
-        _restore(folder)
-    folder = next((folder for folder in looked if (folder / DESCRIPTION).is_file()), None)
-    if folder is None:
+    for place in looked:
+        _restore(place)
+    found = [place for place in looked if (place / DESCRIPTION).is_file()]
+    if not found:
+        names = " and ".join(str(place / DESCRIPTION) for place in looked)
         raise UserError(
-            f"there is no model in {path}: looked for {' and '.join(str(one / DESCRIPTION) for one in looked)}"
-            + (
-                " (a run writes its model/ at the end, and whenever its best metric improves)"
-                if path.is_dir()
-                else ""
-            )
+            f"there is no model in {path}: looked for {names} "
+            "(a run writes its model/ at the end, and whenever its best metric improves)"
         )
+    folder = found[0]
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the model in {folder} is damaged: {error}") from error
     if description.get("format") != FORMAT or description.get("kind") != "two_tower":
+        kind, form, version = (description.get(key) for key in ("kind", "format", "mm"))
         raise UserError(
-            f"{folder} holds a {description.get('kind')} of format {description.get('format')}, written by mm "
-            f"{description.get('mm')}; this is mm {importlib.metadata.version('mm')}, which reads two_tower of format {FORMAT}"
+            f"{folder} holds a {kind} of format {form}, written by mm {version}; "
+            f"mm {importlib.metadata.version('mm')} reads two_tower of format {FORMAT}"
         )
     with torch.random.fork_rng(devices=[]):
         model = TwoTower(

@@ -74,7 +74,7 @@ class _Clamp(torch.autograd.Function):
 
 def clamp(x: Tensor, low: float, high: float) -> Tensor:
     """x within [low, high]; at and beyond a limit the gradient passes only when it leads back."""
-    result: Tensor = _Clamp.apply(x, low, high)  # type: ignore[no-untyped-call]
+    result: Tensor = _Clamp.apply(x, low, high)
     return result
 
 
@@ -130,7 +130,7 @@ class TwoTower(nn.Module):
     def forward(
         self, images: Tensor | None = None, input_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> TwoTowerOutput:
-        """Either or both of images (B, 3, H, W), uint8 or float in [0, 1], and input_ids (B, L) int64 with mask bool."""
+        """Either or both of images (B, 3, H, W), uint8 or float in [0, 1], and input_ids with mask (B, L)."""
         image = text = None
         if images is not None:
             image = unit(self.image_projection(self.image(images).pooled))
