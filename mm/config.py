@@ -52,7 +52,7 @@ def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
     mistakes: list[str] = []
     data: dict[str, Any] = {}
     try:
-        data = _read(path) if path else {}
+        data = read(path) if path else {}
     except UserError as error:
         unreadable = [str(error)]
     for override in overrides:
@@ -115,7 +115,7 @@ _SCALARS = {
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own name and type)
+    yaml_implicit_resolvers = {
         first: [(tag, regexp) for tag, regexp in rules if tag.rsplit(":")[-1] in ("null", "merge")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -159,7 +159,8 @@ def _yaml(text: str, source: str) -> Any:
         raise UserError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A YAML file as plain data, not checked against any section; UserError when it cannot be read."""
     if path.is_dir():
         inside = path / "config.yaml"
         hint = f"; did you mean {inside}?" if inside.exists() else ""

@@ -7,10 +7,10 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from typing import NoReturn
 
 from mm.errors import UserError
@@ -127,13 +127,15 @@ def _rank_0_says_it() -> bool:
     """Whether rank 0 raises the same error. Before the ranks are joined all read the same config: it does."""
     if not _in_process_group():
         return True
-    from torch.distributed import DistStoreError
     from torch.distributed.distributed_c10d import _get_default_store
 
+    deadline = time.monotonic() + _OTHERS_WAIT_S
     try:
-        _get_default_store().wait(["mm/user_error"], timedelta(seconds=_OTHERS_WAIT_S))
-    except DistStoreError:
-        return False
+        store = _get_default_store()
+        while not store.check(["mm/user_error"]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
     except RuntimeError:  # the store went with rank 0
         return True
     return True

@@ -90,8 +90,9 @@ def test_numbers_as_people_write_them(text: str, number: float) -> None:
 
 def test_overrides_reach_every_kind_of_place() -> None:
     config = read(
-        "samples=12_800", "betas.0=0.8", "sets.a={kind: classify, shards: s}", "sets.b.kind=retrieve", "size=[1, 2]",
-        "ema.lr=4", "one.temperature=1e-05", "names=[{lr: 1}, {lr: 2}]", "names.1.lr=7", "compile=yes",
+        "samples=12_800", "betas.0=0.8", "sets.a={kind: classify, shards: s}", "sets.b.kind=retrieve",
+        "size=[1, 2]", "ema.lr=4", "one.temperature=1e-05", "names=[{lr: 1}, {lr: 2}]", "names.1.lr=7",
+        "compile=yes",
     )  # fmt: skip
     assert config.samples == 12_800
     assert config.betas == (0.8, 0.999)
@@ -117,9 +118,9 @@ def test_a_section_given_in_part_keeps_its_default(tmp_path: Path) -> None:
 
 def test_all_mistakes_at_once() -> None:
     lines = mistakes(
-        "optim.lrr=3", "lr=3", "sets.im={kind: classify, shard: 3, k: [x]}", "sets.q.kind=retrive", "sets.z={}",
-        "one.temperature=-1", "ema=[3]", "projection=linera", "size=abc", "optim.lr=-1", "samples=1.5", "nonsense",
-        "betas.7=3", "projection.a=b", "compile=3",
+        "optim.lrr=3", "lr=3", "sets.im={kind: classify, shard: 3, k: [x]}", "sets.q.kind=retrive",
+        "sets.z={}", "one.temperature=-1", "ema=[3]", "projection=linera", "size=abc", "optim.lr=-1",
+        "samples=1.5", "nonsense", "betas.7=3", "projection.a=b", "compile=3",
     )  # fmt: skip
     assert set(lines) == {
         "nonsense: expected key=value",

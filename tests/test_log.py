@@ -31,8 +31,8 @@ def test_events_are_strict_json_at_full_precision(tmp_path: Path) -> None:
         "train", 1, 32, loss=loss, lr=1e-05, scale=[1 / 3, math.inf], nested={"nan": math.nan}, note="ü"
     )
     assert lines(tmp_path) == [  # before the log is closed: what a kill leaves
-        {"event": "train", "step": 1, "samples": 32, "loss": loss.item(), "lr": 1e-05, "scale": [1 / 3, "inf"],
-         "nested": {"nan": "nan"}, "note": "ü"}
+        {"event": "train", "step": 1, "samples": 32, "loss": loss.item(), "lr": 1e-05,
+         "scale": [1 / 3, "inf"], "nested": {"nan": "nan"}, "note": "ü"}
     ]  # fmt: skip
     assert list(lines(tmp_path)[0])[:3] == ["event", "step", "samples"]
     log.close()
