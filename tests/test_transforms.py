@@ -113,7 +113,7 @@ def test_alpha_lies_on_the_background() -> None:
     colours = set()
     for seed in range(5):
         got = TrainTransform(16, augment)(clear, random.Random(seed))
-        assert (got.int() - got[:, :1, :1].int()).abs().max() <= 1  # the affine rounds
+        assert (got == got[:, :1, :1]).all()
         colours.add(tuple(got[:, 0, 0].tolist()))
     assert len(colours) == 5
 

@@ -35,7 +35,7 @@ class AugmentConfig(Config):
     flip: float = Field(0.0, ge=0, le=1)
     """Probability of a mirror image."""
     color_jitter: float = Field(0.0, ge=0, le=1)
-    """Strength of changes of brightness, contrast and saturation (0.4: factors of 0.6 to 1.4); hue moves by a fourth of it at most."""
+    """Strength of changes of brightness, contrast and saturation (0.4: factors of 0.6 to 1.4), and by a fourth of it of hue."""
     color_jitter_prob: float = Field(0.8, ge=0, le=1)
     """Probability of the colour change, when color_jitter is not 0."""
     gray: float = Field(0.0, ge=0, le=1)
@@ -53,8 +53,8 @@ class AugmentConfig(Config):
 class TrainTransform:
     """Random resized crop, affine, flip and colours: (image uint8 (3|4, H, W), rng) -> uint8 (3, size).
 
-    Inception-style crops (arXiv:1409.4842) with the distribution of torchvision's `RandomResizedCrop`. A fourth channel
-    is alpha: the image is laid on the background.
+    Inception-style crops (arXiv:1409.4842) with the distribution of torchvision's `RandomResizedCrop`. A fourth
+    channel is alpha: the image is laid on the background.
     """
 
     def __init__(self, size: int | Sequence[int], augment: AugmentConfig, interpolation: str = "bicubic"):
@@ -75,15 +75,7 @@ class TrainTransform:
         image = composite(image[:, top : top + height, left : left + width], background)
         image = F.resize(image, list(self.size), interpolation=self.interpolation, antialias=True)
         if augment.rotate or augment.shift or augment.zoom != (1.0, 1.0):
-            image = F.affine(
-                image,
-                angle=rng.uniform(-augment.rotate, augment.rotate),
-                translate=[rng.uniform(-augment.shift, augment.shift) * side for side in reversed(self.size)],
-                scale=rng.uniform(*augment.zoom),
-                shear=[0.0, 0.0],
-                interpolation=InterpolationMode.BILINEAR,
-                fill=[float(level) for level in background],
-            )
+            image = self._affine(image, background, rng)
         if augment.flip and rng.random() < augment.flip:
             image = F.horizontal_flip(image)
         if augment.color_jitter and rng.random() < augment.color_jitter_prob:
@@ -92,12 +84,26 @@ class TrainTransform:
             image = F.rgb_to_grayscale(image, num_output_channels=3)
         return image.contiguous()
 
+    def _affine(self, image: Tensor, background: tuple[int, int, int], rng: random.Random) -> Tensor:
+        augment = self.augment
+        # torchvision darkens the seam to its fill: what is moved is the difference from it, and the fill is zero
+        behind = torch.tensor(background, dtype=torch.float32)[:, None, None]
+        moved = F.affine(
+            image.float() - behind,
+            angle=rng.uniform(-augment.rotate, augment.rotate),
+            translate=[rng.uniform(-augment.shift, augment.shift) * side for side in reversed(self.size)],
+            scale=rng.uniform(*augment.zoom),
+            shear=[0.0, 0.0],
+            interpolation=InterpolationMode.BILINEAR,
+        )
+        return (moved + behind).round_().clamp_(0, 255).to(torch.uint8)
+
 
 class EvalTransform:
     """Resize and centre crop: image uint8 (3|4, H, W) -> uint8 (3, size), the same for the same image always.
 
-    Modes, as in open_clip: `shortest` fits the shorter side and crops the longer one, `longest` fits the longer side and
-    pads the shorter one with black, `squash` ignores the aspect ratio. Alpha is laid on white.
+    Modes, as in open_clip: `shortest` fits the shorter side and crops the longer one, `longest` fits the longer
+    side and pads the shorter one with black, `squash` ignores the aspect ratio. Alpha is laid on white.
     """
 
     def __init__(self, size: int | Sequence[int], resize_mode: str = "shortest", interpolation: str = "bicubic"):

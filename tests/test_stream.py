@@ -1,0 +1,333 @@
+import hashlib
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mm.data import stream as stream_module
+from mm.data.decode import BadSample, captions, image, image_member
+from mm.data.shards import Sample, ShardIndex, ShardWriter, index_text
+from mm.data.stream import Stream, StreamBatch, StreamConfig, choose_lanes
+from mm.data.transforms import AugmentConfig, TrainTransform
+from mm.errors import UserError
+
+TRANSFORM = TrainTransform(16, AugmentConfig(scale=(0.3, 1.0), flip=0.5))
+
+
+def write_shards(folder: Path, count: int = 61, per_shard: int = 9) -> Path:
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, max_samples=per_shard) as writer:
+        for i in range(count):
+            data = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(data, "PNG")
+            writer.add(f"{i:04d}", {"png": data.getvalue(), "txt": f"caption {i}\nother {i}".encode()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def prepare(sample: Sample, rng: random.Random) -> tuple[int, torch.Tensor, int]:
+    caption = rng.choice(captions(sample))
+    return int(sample.key), TRANSFORM(image(image_member(sample)), rng), caption.startswith("other")
+
+
+def collate(items: list[tuple[int, torch.Tensor, int]]) -> dict[str, torch.Tensor]:
+    keys, images, captions_ = zip(*items, strict=True)
+    return {"key": torch.tensor(keys), "image": torch.stack(images), "other": torch.tensor(captions_)}
+
+
+def open_stream(folder: Path | str, workers: int = 0, prepare: Any = prepare, lanes: int = 256, block: int = 160,
+                **options: Any) -> Stream:  # fmt: skip
+    config = StreamConfig(shards=str(folder), workers=workers, lanes=lanes, block=block)
+    options = {"global_batch": 12, "seed": 3, "rank": 0, "world_size": 1} | options
+    return Stream(config, prepare, collate, **options)
+
+
+def records(batch: StreamBatch) -> list[tuple[int, str, bool]]:
+    """Key, hash of the pixels and choice of caption of each item, in order."""
+    return [
+        (key, hashlib.sha256(picture.numpy().tobytes()).hexdigest(), other)
+        for part in batch.batch
+        for key, picture, other in zip(part["key"].tolist(), part["image"], part["other"].tolist(), strict=True)
+    ]
+
+
+def whole_batches(folder: Path, workers: int, ranks: int, **options: Any) -> list[list[tuple[int, str, bool]]]:
+    """The global batches, the shares of the ranks in a row."""
+    shares = [
+        [records(batch) for batch in open_stream(folder, workers, rank=rank, world_size=ranks, **options)]
+        for rank in range(ranks)
+    ]
+    return [sum(parts, []) for parts in zip(*shares, strict=True)]
+
+
+def test_batches_are_the_same_for_any_ranks_and_workers(folder: Path) -> None:
+    expected = whole_batches(folder, 0, 1, stop=12 * 7)
+    assert len(expected) == 7 and {len(batch) for batch in expected} == {12}
+    for workers, ranks in [(1, 1), (3, 1), (0, 2), (2, 2), (0, 4), (1, 4)]:
+        assert whole_batches(folder, workers, ranks, stop=12 * 7) == expected
+    assert whole_batches(folder, 0, 1, stop=12 * 7, seed=4) != expected
+
+
+def test_a_pass_uses_every_sample_once_and_draws_anew(folder: Path) -> None:
+    batches = whole_batches(folder, 0, 1, stop=61 * 12)
+    items = [item for batch in batches for item in batch]
+    epochs = [items[i : i + 61] for i in range(0, 61 * 12, 61)]
+    # a batch is sorted by lane, so a pass ends inside of one: count over whole batches only where they meet
+    counts = Counter(key for key, _, _ in items)
+    assert set(counts.values()) == {12} and len(counts) == 61
+    pixels = {item[1] for item in items}
+    assert len(pixels) > 0.99 * len(items)
+    assert 0.35 < np.mean([other for _, _, other in items]) < 0.65
+    assert [key for key, _, _ in epochs[0]] != [key for key, _, _ in epochs[1]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_start_in_the_middle_equals_the_tail(folder: Path, workers: int) -> None:
+    whole = list(open_stream(folder, stop=12 * 14))
+    assert [batch.position_after for batch in whole] == [12 * (i + 1) for i in range(14)]
+    for at in (0, 1, 5, 6, 13):
+        resumed = open_stream(folder, workers, start=12 * at, stop=12 * 14)
+        assert [(records(b), b.position_after) for b in resumed] == [(records(b), b.position_after) for b in whole[at:]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any),
+    batch=st.sampled_from([4, 12, 24, 60]),
+    lanes=st.integers(1, 20),
+    block=st.integers(1, 20),
+)
+def test_small_sets_and_large_batches(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], batch: int, lanes: int, block: int
+) -> None:
+    folder = tmp_path_factory.mktemp("few")
+    for number, size in enumerate(sizes):
+        with ShardWriter(folder / str(number)) as writer:
+            for i in range(size):
+                writer.add(f"{number}{i:03d}", {"txt": b"x"})
+    total = sum(sizes)
+    config = StreamConfig(shards=[str(folder / str(n)) for n, size in enumerate(sizes) if size], workers=0, lanes=lanes,
+                          block=block)  # fmt: skip
+    options = {"global_batch": batch, "seed": 1, "stop": batch * total}
+    streams = [
+        Stream(config, lambda sample, _: int(sample.key), lambda keys: {"key": torch.tensor(keys)},
+               rank=rank, world_size=2, **options)
+        for rank in range(2)
+    ]  # fmt: skip
+    counts = Counter(key for stream in streams for b in stream for key in b.batch[0]["key"].tolist())
+    assert len(counts) == total and set(counts.values()) == {batch}
+
+
+def test_micro_batches_are_the_batch_in_parts(folder: Path) -> None:
+    whole = list(open_stream(folder, stop=36))
+    parts = list(open_stream(folder, stop=36, micro_batches=3))
+    assert [len(b.batch) for b in parts] == [3, 3, 3]
+    assert [len(part["key"]) for part in parts[0].batch] == [4, 4, 4]
+    assert [records(b) for b in parts] == [records(b) for b in whole]
+
+
+def damage(folder: Path) -> dict[str, str]:
+    """Spoils three samples of the folder in different ways; key -> reason."""
+    for key, spoil in [("0005", "header"), ("0020", "pixels"), ("0040", "caption")]:
+        shard = folder / f"shard-{int(key) // 9:06d}.tar"
+        data = bytearray(shard.read_bytes())
+        places = {k: members for k, members in (ShardIndex(index_text(str(shard)))[i] for i in range(9))}[key]
+        if spoil == "header":
+            data[places["png"][0] - 512 + 124] ^= 0x55
+        elif spoil == "pixels":
+            data[places["png"][0] : places["png"][0] + 100] = bytes(100)
+        else:
+            data[places["txt"][0] : sum(places["txt"])] = b" " * places["txt"][1]
+        shard.write_bytes(data)
+    return {"0005": "damaged tar header", "0020": "not an image", "0040": "empty caption"}
+
+
+def test_bad_samples_are_replaced_and_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, 63)
+    good = whole_batches(tmp_path, 0, 1, stop=63 * 12)
+    reasons = damage(tmp_path)
+    expected = list(open_stream(tmp_path, stop=63 * 12))
+    entries = [entry for batch in expected for entry in batch.bad]
+    assert Counter(entry["key"] for entry in entries) == dict.fromkeys(reasons, 12)
+    keys = [key for batch in expected for key, _, _ in records(batch)]
+    assert not {5, 20, 40} & set(keys) and len(keys) == 63 * 12
+    for entry in entries:
+        assert entry["reason"].startswith(reasons[entry["key"]])
+        assert os.path.basename(entry["shard"]) == f"shard-{int(entry['key']) // 9:06d}.tar"
+        assert entry["epoch"] == entry["position"] // 63
+    # in place: all other items are what they would have been
+    for batch, there in zip(expected, good, strict=True):
+        bad = iter(batch.bad)
+        for was, now in zip(there, records(batch), strict=True):
+            if f"{was[0]:04d}" in reasons:
+                entry = next(bad)
+                assert (int(entry["key"]), int(entry["replaced_by"]["key"])) == (was[0], now[0])
+            else:
+                assert was == now
+    # the same for other ranks and workers
+    assert whole_batches(tmp_path, 2, 2, stop=60) == [records(batch) for batch in expected[:5]]
+    shares = [open_stream(tmp_path, rank=rank, world_size=2, stop=63 * 12) for rank in range(2)]
+    both = [entry for share in shares for batch in share for entry in batch.bad]
+    assert sorted(both, key=str) == sorted(entries, key=str)
+
+
+def never(sample: Sample, rng: random.Random) -> Any:
+    raise BadSample("no good")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_when_all_are_bad_the_stream_ends(folder: Path, workers: int) -> None:
+    with pytest.raises(UserError, match=r"cannot be used \(no good\)") as caught:
+        next(iter(open_stream(folder, workers, prepare=never)))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_read_error_is_tried_again_and_never_a_replacement(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [records(batch) for batch in open_stream(folder, stop=36)]
+    monkeypatch.setattr(stream_module, "RETRY_AFTER", (0.0, 0.0))
+    read, calls = os.pread, Counter[str]()
+
+    def flaky(descriptor: int, count: int, offset: int) -> bytes:
+        calls["all"] += 1
+        if calls["all"] % 7 == 0:
+            raise OSError(5, "Input/output error")
+        return read(descriptor, count, offset)
+
+    monkeypatch.setattr(os, "pread", flaky)
+    got = list(open_stream(folder, stop=36))
+    assert [records(batch) for batch in got] == expected and not any(batch.bad for batch in got)
+
+    def broken(descriptor: int, count: int, offset: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    for workers in (0, 1):
+        with pytest.raises(OSError, match=r"reading .*\.tar failed 3 times: Input/output error"):
+            next(iter(open_stream(folder, workers)))
+
+
+def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^global batch 50 cannot be shared by 4 ranks; use 48 or 52$"):
+        open_stream(folder, global_batch=50, world_size=4)
+    with pytest.raises(UserError, match="by 4 ranks in 3 micro-batches each; use 48 or 60"):
+        open_stream(folder, global_batch=50, world_size=4, micro_batches=3)
+    with pytest.raises(UserError, match="global batch 3 cannot be shared by 4 ranks; use 4$"):
+        open_stream(folder, global_batch=3, world_size=4)
+    with pytest.raises(UserError, match="nowhere"):
+        open_stream(tmp_path / "nowhere")
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.tar is empty"):
+        open_stream(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"text" * 1000)
+    with pytest.raises(UserError, match=r"a\.tar is not a whole tar"):
+        open_stream(tmp_path)
+    (tmp_path / "a.tar").write_bytes(bytes(10240))
+    with pytest.raises(UserError, match=r"hold no samples, .*a\.tar"):
+        open_stream(tmp_path)
+
+
+def test_a_shard_that_vanishes_later_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path)
+    stream = open_stream(tmp_path, stop=120)
+    (tmp_path / "shard-000002.tar").unlink()
+    monkeypatch.setattr(stream_module, "RETRY_AFTER", (0.0,))
+    with pytest.raises(OSError, match=r"shard-000002\.tar failed 2 times: No such file"):
+        list(stream)
+
+
+def test_shards_without_sizes_are_indexed(tmp_path: Path, folder: Path) -> None:
+    for shard in folder.glob("*.tar"):
+        (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    assert open_stream(folder).warnings == []
+    stream = open_stream(tmp_path)
+    assert "7 shards were indexed" in stream.warnings[0] and (tmp_path / "sizes.json").exists()
+    assert len(list(tmp_path.glob("*.idx"))) == 7
+    assert stream.identity == open_stream(folder).identity  # the place does not matter
+    assert open_stream(tmp_path).warnings == []
+    (tmp_path / "shard-000000.idx").unlink()
+    assert "no index of its members" in open_stream(tmp_path).warnings[0]
+    assert whole_batches(tmp_path, 0, 1, stop=120) == whole_batches(folder, 0, 1, stop=120)
+
+
+def test_too_few_shards_are_remarked(folder: Path) -> None:
+    remarks = open_stream(folder, workers=2, world_size=4).warnings
+    assert len(remarks) == 1
+    assert "7 shards for 8 readers (4 ranks x 2 workers): an epoch opens shards 18 times" in remarks[0]
+
+
+def test_identity_tells_streams_apart(folder: Path, tmp_path: Path) -> None:
+    first = open_stream(folder)
+    assert first.identity["samples"] == 61 and first.identity["lanes"] == 3
+    assert open_stream(folder, workers=3, world_size=2, rank=1, start=24).identity == first.identity
+    others = [
+        open_stream(folder, seed=4), open_stream(folder, block=8), open_stream(folder, global_batch=24),
+        open_stream(folder, lanes=2), open_stream(write_shards(tmp_path / "a", 61, 8)),
+    ]  # fmt: skip
+    assert len({str(stream.identity) for stream in [first, *others]}) == 6
+
+
+def test_lanes_divide_the_batch() -> None:
+    assert choose_lanes(4096, 256, 10**6) == 256
+    assert choose_lanes(64, 256, 10**6) == 16
+    assert choose_lanes(48, 256, 10**6) == 12
+    assert choose_lanes(4096, 256, 100) == 32
+    assert choose_lanes(3, 256, 10) == 1 and choose_lanes(64, 256, 1) == 1
+    assert choose_lanes(97 * 4, 96, 10**6) == 4
+
+
+def test_the_global_generators_are_left_alone(folder: Path) -> None:
+    for workers in (0, 1):
+        random.seed(0), torch.manual_seed(0)
+        before = (random.getstate(), torch.get_rng_state().tolist())
+        list(open_stream(folder, workers, stop=24))
+        assert (random.getstate(), torch.get_rng_state().tolist()) == before
+
+
+CHILD = """
+import sys, time
+from multiprocessing import active_children
+from tests.test_stream import open_stream
+batches = iter(open_stream(sys.argv[1], 2))
+next(batches)
+print(*[child.pid for child in active_children()], flush=True)
+time.sleep(60)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_end_with_a_killed_parent(folder: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    workers = [int(pid) for pid in child.stdout.readline().split()]
+    assert len(workers) == 2 and all(map(alive, workers))
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    end = time.monotonic() + 5
+    while any(map(alive, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+    child.stdout.close()
