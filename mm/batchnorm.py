@@ -1,4 +1,4 @@
-"""Batch statistics on several ranks: of all of them where the hardware can, else the running ones are averaged."""
+"""Batch statistics on several ranks: of all where the hardware can, else the running ones are averaged."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from mm import distributed
 
 
-def share_statistics(module: nn.Module, sync: bool, micro_batches: int) -> tuple[nn.Module, list[Tensor], list[str]]:
+def share_statistics(
+    module: nn.Module, sync: bool, micro_batches: int
+) -> tuple[nn.Module, list[Tensor], list[str]]:
     """(module, running statistics to average after each step, notes for the user).
 
-    Batch normalisation that trains sees all ranks' batches with `sync` on GPUs (SyncBatchNorm; there is none for CPUs).
-    Locked ones are left alone.
+    Batch normalisation that trains sees all ranks' batches with `sync` on GPUs (SyncBatchNorm; there is none
+    for CPUs). Locked ones are left alone.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _trains(m)]
     if not norms:
@@ -29,14 +31,15 @@ def share_statistics(module: nn.Module, sync: bool, micro_batches: int) -> tuple
             where.append("rank")
     if micro_batches > 1:
         where.append("micro-batch")
-    parts = " and ".join(where)
-    notes = [f"batch normalisation sees each {parts} apart: the curve depends on their number"] if where else []
-    return module, statistics, notes
+    if not where:
+        return module, statistics, []
+    apart = f"batch normalisation sees each {' and '.join(where)} apart: the curve depends on their number"
+    return module, statistics, [apart]
 
 
 @torch.no_grad()
 def average_statistics(statistics: Sequence[Tensor]) -> None:
-    """Make running statistics the mean over ranks, so that all ranks evaluate and save the same model. Collective."""
+    """Make running statistics the mean over ranks: all evaluate and save the same model. Collective."""
     if statistics:
         flat = distributed.mean(torch.cat([t.flatten() for t in statistics]))
         for t, mean in zip(statistics, flat.split([t.numel() for t in statistics]), strict=True):

@@ -17,33 +17,23 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mm import distributed
 from mm.engine import Engine
 from mm.errors import UserError
+from mm.tensorfile import TensorFile, damage
+from mm.zero import MOMENTS
 
 VERSION = 1
-_FILES = {"weight": "weights", "buffer": "weights", "ema": "ema", "exp_avg": "moments", "exp_avg_sq": "moments"}
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_MOMENTS = dict.fromkeys(MOMENTS, "moments")
+_FILES = {"weight": "weights", "buffer": "weights", "ema": "ema", **_MOMENTS}
 
 
 @dataclasses.dataclass
@@ -70,7 +60,8 @@ def folder(run: Path, step: int) -> Path:
 def save(run: Path, state: TrainState, engine: Engine) -> Path:
     """Write the checkpoint of `state.step`: wholly, or not at all. Collective.
 
-    A failure on any rank raises UserError on all of them, with the same message; earlier checkpoints are untouched.
+    A failure on any rank raises UserError on all of them, with the same message; earlier checkpoints are
+    untouched.
     """
     assert state.step == engine.steps, f"state at step {state.step}, engine at {engine.steps}"
     final = folder(run, state.step)
@@ -104,8 +95,8 @@ def save(run: Path, state: TrainState, engine: Engine) -> Path:
 def latest(run: Path, warn: Callable[[str], None] = warnings.warn) -> Path | None:
     """The newest complete checkpoint whose checksums are right; None where there is none at all. Collective.
 
-    Tells `warn` (on rank 0) of each damaged one that it passes over. Raises UserError when all are damaged: a run
-    never silently begins again.
+    Tells `warn` (on rank 0) of each damaged one that it passes over. Raises UserError when all are damaged: a
+    run never silently begins again.
     """
     found = distributed.broadcast_object([str(path) for path in reversed(_complete(run))])
     mistakes = []
@@ -118,8 +109,8 @@ def latest(run: Path, warn: Callable[[str], None] = warnings.warn) -> Path | Non
             warn(f"checkpoint passed over: {mistake}")
     if mistakes:
         raise UserError(
-            f"no checkpoint in {run / 'checkpoints'} is good: {'; '.join(mistakes)}; restore one, or move the folder "
-            "away to start from the beginning"
+            f"no checkpoint in {run / 'checkpoints'} is good: {'; '.join(mistakes)}; restore one, or move "
+            "the folder away to start from the beginning"
         )
     return None
 
@@ -131,13 +122,13 @@ def read_state(path: Path) -> TrainState:
 
 
 def read_weights(path: Path, ema: bool = True) -> dict[str, Tensor]:
-    """Parameters and buffers of a checkpoint, verified; the averaged weights where there are any (and `ema`)."""
+    """Parameters and buffers of a checkpoint, verified; the averaged weights where kept (and `ema`)."""
     content = _read_json(path)
     weights: dict[str, Tensor] = {}
     for kind in ("weights", "ema") if ema else ("weights",):
         for name in content["files"]:
             if name.startswith(f"{kind}-"):
-                _raise_if(_damage_of_file(path / name, content["files"][name]))
+                _raise_if(damage(path / name, content["files"][name]))
                 with safe_open(path / name, "pt") as file:
                     weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     return weights
@@ -158,7 +149,7 @@ def load(path: Path, engine: Engine, verify: bool = True) -> TrainState:
             where.update({(filename.split("-")[0], key): file for key in file.keys()})  # noqa: SIM118
         _compare(path, engine, where)
         engine.load_state(
-            lambda kind, name: where[_FILES[kind], _key(kind, name)].get_tensor(_key(kind, name)),
+            lambda kind, name: where[_address(kind, name)].get_tensor(_key(kind, name)),
             content["optimizer_steps"],
             content["step"],
         )
@@ -166,7 +157,8 @@ def load(path: Path, engine: Engine, verify: bool = True) -> TrainState:
 
 
 def prune(run: Path, keep_last: int, keep: Collection[int] = ()) -> None:
-    """Remove all checkpoints but the newest `keep_last` and those of the steps `keep`, and what a kill left half."""
+    """Remove all checkpoints but the newest `keep_last` and those of the steps `keep`; and what a kill left
+    half. Collective."""
     if distributed.is_main():
         complete = _complete(run)
         for path in complete[: max(0, len(complete) - keep_last)]:
@@ -187,9 +179,9 @@ class _Share:
 
     def write(self) -> dict[str, dict[str, Any]]:
         """{file: {bytes, sha256}}. Gathers on, for the other ranks' sake, even when writing has failed."""
-        files: dict[str, _Writer] = {}
+        files: dict[str, TensorFile] = {}
         failure: Exception | None = None
-        for kind, name, tensor in self.engine.full_state(wanted=lambda kind, name: (kind, name) in self.mine):
+        for kind, _, tensor in self.engine.full_state(wanted=lambda kind, name: (kind, name) in self.mine):
             if failure is None:
                 try:
                     stem = _FILES[kind]
@@ -207,7 +199,7 @@ class _Share:
             raise failure
         return {file.path.name: file.about() for file in files.values()}
 
-    def _open(self, stem: str) -> "_Writer":
+    def _open(self, stem: str) -> TensorFile:
         rank = f"{distributed.rank()}-of-{distributed.world_size()}"
         tensors = [
             (_key(kind, name), *self.engine.layout(kind, name))
@@ -215,43 +207,7 @@ class _Share:
             for name in names
             if _FILES[kind] == stem and (kind, name) in self.mine
         ]
-        return _Writer(self.where / f"{stem}-{rank}.safetensors", tensors)
-
-
-class _Writer:
-    """A safetensors file written tensor by tensor, hashed on the way: one tensor at a time is in memory."""
-
-    def __init__(self, path: Path, tensors: list[tuple[str, torch.dtype, torch.Size]]) -> None:
-        self.path = path
-        self._hash = hashlib.sha256()
-        self._bytes = 0
-        header: dict[str, Any] = {}
-        begin = 0
-        for key, dtype, shape in tensors:
-            end = begin + shape.numel() * dtype.itemsize
-            header[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-            begin = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = open(path, "wb")  # noqa: SIM115
-        self._write(len(text).to_bytes(8, "little") + text)
-
-    def add(self, tensor: Tensor) -> None:
-        self._write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-
-    def close(self, sync: bool) -> None:
-        with self._file:
-            if sync:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-
-    def about(self) -> dict[str, Any]:
-        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self._bytes += len(data)
+        return TensorFile(self.where / f"{stem}-{rank}.safetensors", tensors)
 
 
 def _deal(engine: Engine) -> set[tuple[str, str]]:
@@ -288,8 +244,8 @@ def _together(action: Callable[[], Any], final: Path, needed: int, only_main: bo
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 free = shutil.disk_usage(_existing(final)).free
                 message = (
-                    f"cannot save {final}: the disk is full ({needed:,} bytes needed, {free:,} free); earlier "
-                    "checkpoints are intact. Make room, or keep fewer checkpoints"
+                    f"cannot save {final}: the disk is full ({needed:,} bytes needed, {free:,} free); "
+                    "earlier checkpoints are intact. Make room, or keep fewer checkpoints"
                 )
     outcomes = distributed.gather_objects([result, message])
     failed = [message for _, message in outcomes if message]
@@ -320,24 +276,13 @@ def _damage(path: Path) -> str | None:
         mine: list[str] = [str(error)]
     else:
         share = files[distributed.rank() :: distributed.world_size()]
-        mine = [damage for name, about in share if (damage := _damage_of_file(path / name, about))]
-    return next((damage for damages in distributed.gather_objects(mine) for damage in damages), None)
+        mine = [mistake for name, about in share if (mistake := damage(path / name, about))]
+    return next((found for mistakes in distributed.gather_objects(mine) for found in mistakes), None)
 
 
-def _damage_of_file(path: Path, about: dict[str, Any]) -> str | None:
-    try:
-        if path.stat().st_size != about["bytes"]:
-            return f"{path} has {path.stat().st_size:,} bytes, not {about['bytes']:,}"
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"{path} cannot be read: {error}"
-    return None if digest == about["sha256"] else f"{path} is damaged (its checksum is not the one of the save)"
-
-
-def _raise_if(damage: str | None) -> None:
-    if damage:
-        raise UserError(damage)
+def _raise_if(mistake: str | None) -> None:
+    if mistake:
+        raise UserError(mistake)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -351,7 +296,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} is damaged (its checksum is not the one of the save)")
     if version != VERSION:
         raise UserError(f"{file} has format version {version}; this release of mm reads version {VERSION}")
-    return content  # type: ignore[no-any-return]
+    return content
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -360,14 +305,14 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _compare(path: Path, engine: Engine, where: dict[tuple[str, str], Any]) -> None:
     """Raises UserError where names or shapes are not those of the model."""
-    ours = {(_FILES[k], _key(k, n)): (k, n) for k, names in engine.names().items() for n in names}
+    ours = {_address(k, n): (k, n) for k, names in engine.names().items() for n in names}
     missing = sorted("/".join(key) for key in ours.keys() - where.keys())
     extra = sorted("/".join(key) for key in where.keys() - ours.keys())
-    shapes = [
-        f"{'/'.join(key)} is {found}, the model's is {expected}"
-        for key in sorted(ours.keys() & where.keys())
-        if (found := list(where[key].get_slice(key[1]).get_shape())) != (expected := list(engine.layout(*ours[key])[1]))
-    ]
+    shapes = []
+    for key in sorted(ours.keys() & where.keys()):
+        found, expected = where[key].get_slice(key[1]).get_shape(), list(engine.layout(*ours[key])[1])
+        if found != expected:
+            shapes.append(f"{'/'.join(key)} is {found}, the model's is {expected}")
     mistakes = [f"lacks {_some(missing)}"] * bool(missing) + [f"also has {_some(extra)}"] * bool(extra)
     mistakes += [_some(shapes)] * bool(shapes)
     if mistakes:
@@ -376,6 +321,10 @@ def _compare(path: Path, engine: Engine, where: dict[tuple[str, str], Any]) -> N
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _address(kind: str, name: str) -> tuple[str, str]:
+    return _FILES[kind], _key(kind, name)
 
 
 def _key(kind: str, name: str) -> str:

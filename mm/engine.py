@@ -1,4 +1,4 @@
-"""The one place that knows DeepSpeed: a step of training, whatever the ZeRO stage, precision and number of ranks."""
+"""The one place that knows DeepSpeed: a step of training, whatever the ZeRO stage, precision and ranks."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ class EngineConfig(Config):
     deterministic: bool = False
     """Only deterministic GPU kernels: the same bits again, slower; an operation that has none raises."""
     sync_batchnorm: bool = True
-    """Batch statistics over all GPUs; off, or on CPUs, each rank uses its own and the running ones are averaged."""
+    """Batch statistics over all GPUs; off, or on CPUs, each rank has its own and the running ones are averaged."""
     persist_below: int = Field(default=100_000, ge=0)
     """ZeRO 3 keeps parameters with fewer elements than this whole on every rank."""
 
@@ -57,9 +57,9 @@ class StepResult(NamedTuple):
 class Engine:
     """Trains `module`, whose call `module(batch)` gives (loss, figures).
 
-    `groups` are those of `mm.optim.parameter_groups`. `global_batch` is the samples of a step over all ranks, `seed`
-    that of the run. Takes the module over: with ZeRO 3 its parameters are empty outside of forward passes, and every
-    rank must call it equally often. Raises UserError where the batch cannot be shared.
+    `groups` are those of `mm.optim.parameter_groups`. `global_batch` is the samples of a step over all ranks,
+    `seed` that of the run. Takes the module over: with ZeRO 3 its parameters are empty outside of forward passes,
+    and every rank must call it equally often. Raises UserError where the batch cannot be shared.
     """
 
     def __init__(
@@ -84,7 +84,9 @@ class Engine:
         self.accumulation = accumulation(config, global_batch)
         """Micro-batches of a step."""
         if not any(group["params"] for group in groups):
-            raise UserError("all parameters are locked, so there is nothing to train; unlock a tower or a projection")
+            raise UserError(
+                "all parameters are locked: there is nothing to train; unlock a tower or a projection"
+            )
         if config.deterministic:
             _be_deterministic()
         module, self._statistics, notes = share_statistics(
@@ -95,7 +97,8 @@ class Engine:
         optimizer = torch.optim.AdamW(
             [dict(group) for group in groups], lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True
         )
-        self._ds = _initialize(self.module, optimizer, _deepspeed_config(config, global_batch, self.accumulation))
+        ds_config = _deepspeed_config(config, global_batch, self.accumulation)
+        self._ds = _initialize(self.module, optimizer, ds_config)
         self._optimizer: torch.optim.Optimizer = self._ds.basic_optimizer
         if config.compile:
             self.module.compile()
@@ -107,13 +110,14 @@ class Engine:
         self.ema: dict[str, Tensor] = {}
         """This rank's pieces of the averaged weights, by parameter name."""
         if config.ema_decay:
-            self.ema = {n: p.weight.detach().clone() for n, p in self.shards.pieces.items() if p.state_key is not None}
+            pieces = self.shards.pieces.items()
+            self.ema = {n: p.weight.detach().clone() for n, p in pieces if p.state_key is not None}
 
     def step(self, batches: Sequence[Batch], lr: float | Mapping[str, float]) -> StepResult:
         """Learn from this rank's micro-batches (as many as `accumulation`) at rate `lr`, or at one a tower.
 
-        Dropout and all else that draws from torch's generators depends on (seed, step, rank) alone. A step whose
-        gradients are not finite is skipped by all ranks.
+        Dropout and all else that draws from torch's generators depends on (seed, step, rank) alone. A step
+        whose gradients are not finite is skipped by all ranks.
         """
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches, not {self.accumulation}"
         self._set_rates(lr)
@@ -132,7 +136,7 @@ class Engine:
                 total[name] = total[name] + value if name in total else value
         if self.config.zero_stage > 0:
             skipped = bool(self._ds.optimizer.overflow)
-            norm = torch.as_tensor(self._ds.optimizer._global_grad_norm, device=self.device, dtype=torch.float32)
+            norm = torch.as_tensor(self._ds.optimizer._global_grad_norm, dtype=torch.float32)
         means = distributed.mean(torch.stack(list(total.values()))) / len(batches)
         values = dict(zip(total, means.unbind(), strict=True))
         if not skipped:
@@ -143,8 +147,8 @@ class Engine:
 
     @contextmanager
     def evaluating(self, ema: bool = True) -> Iterator[nn.Module]:
-        """The module in evaluation mode, without gradients, with the averaged weights where they are kept (and
-        `ema`); after it all is as before. Collective: with ZeRO 3 all ranks call the module equally often."""
+        """The module in evaluation mode, without gradients, with the averaged weights where they are kept
+        (and `ema`); after it all is as before. Collective: under ZeRO 3 all ranks call it equally often."""
         modes = {module: module.training for module in self.module.modules()}
         self.module.eval()
         try:
@@ -171,7 +175,7 @@ class Engine:
         """Names of what a checkpoint holds, by kind: weight, ema, exp_avg, exp_avg_sq, buffer."""
         trained = [name for name, p in self.shards.parameters.items() if p.requires_grad]
         kinds = {"weight": list(self.shards.parameters), "ema": trained if self.config.ema_decay else []}
-        return {**kinds, **{key: trained for key in MOMENTS}, "buffer": list(self.buffers)}
+        return {**kinds, **dict.fromkeys(MOMENTS, trained), "buffer": list(self.buffers)}
 
     def layout(self, kind: str, name: str) -> tuple[torch.dtype, torch.Size]:
         """Type and shape of one tensor of the full state."""
@@ -195,11 +199,12 @@ class Engine:
                     yield kind, name, value.detach().to("cpu", copy=True).contiguous()
 
     def full_weights(self, ema: bool = True, prefix: str = "") -> dict[str, Tensor]:
-        """Whole weights and buffers on rank 0 ({} elsewhere), the averaged ones where they are kept (and `ema`), of
-        the parameters that begin with `prefix`, which is cut off. Collective; for `mm.models.folder.save_model`."""
+        """Whole weights and buffers on rank 0 ({} elsewhere), the averaged ones where they are kept (and `ema`);
+        of those that begin with `prefix`, which is cut off. Collective; for `mm.models.folder.save_model`."""
         kinds = ("weight", "buffer", *(("ema",) if ema else ()))
         state: dict[str, Tensor] = {}
-        for _, name, value in self.full_state(kinds, lambda _, name: distributed.is_main() and name.startswith(prefix)):
+        main = distributed.is_main()
+        for _, name, value in self.full_state(kinds, lambda _, name: main and name.startswith(prefix)):
             state[name.removeprefix(prefix)] = value  # the average comes after the weight and replaces it
         return state
 
@@ -207,7 +212,9 @@ class Engine:
         """Adam's count of steps of every trained parameter. Collective."""
         return self.shards.steps(self.names()[MOMENTS[0]])
 
-    def load_state(self, read: Callable[[str, str], Tensor], optimizer_steps: Mapping[str, int], steps: int) -> None:
+    def load_state(
+        self, read: Callable[[str, str], Tensor], optimizer_steps: Mapping[str, int], steps: int
+    ) -> None:
         """Take over what `full_state` gave: `read(kind, name)` gives each whole tensor. Collective."""
         self.shards.begin_writing()
         for kind, names in self.names().items():
@@ -250,7 +257,7 @@ class Engine:
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
     def _clip(self) -> tuple[Tensor, bool]:
-        """Norm of the gradients of stage 0, clipped; a step that is not finite gets none, so AdamW does nothing.
+        """Norm of the gradients of stage 0, clipped; where it is not finite they go, so AdamW does nothing.
         From stage 1 on DeepSpeed does the same itself."""
         if self.config.zero_stage > 0:
             return torch.zeros(()), False
@@ -272,19 +279,20 @@ class Engine:
 
 
 def accumulation(config: EngineConfig, global_batch: int) -> int:
-    """Micro-batches of a rank's step. Raises UserError, naming the nearest sizes, where they do not divide."""
+    """Micro-batches of a rank's step. Raises UserError with the nearest sizes where they do not divide."""
     ranks = distributed.world_size()
     micro = config.micro_batch
     if global_batch % ranks:
-        raise UserError(f"global batch {global_batch} cannot be shared by {ranks} ranks; {_nearest(global_batch, ranks)}")
+        fits = _nearest(global_batch, ranks)
+        raise UserError(f"global batch {global_batch} cannot be shared by {ranks} ranks; {fits}")
     share = global_batch // ranks
     if micro is None:
         return 1
     if share % micro:
-        fits = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        largest = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
         raise UserError(
             f"a rank's batch of {share} (global batch {global_batch}, {ranks} ranks) is not a multiple of "
-            f"engine.micro_batch={micro}; use micro_batch={fits}, or a global batch with: "
+            f"engine.micro_batch={micro}; use micro_batch={largest}, or a global batch with: "
             f"{_nearest(global_batch, ranks * micro)}"
         )
     return share // micro
@@ -326,8 +334,7 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     if not torch.cuda.is_available():
         # else it compiles a shared-memory extension for 20-40 s and fails without a compiler; gloo serves
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
-    return engine
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
 def _be_deterministic() -> None:

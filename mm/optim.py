@@ -1,4 +1,4 @@
-"""Parameter groups (no decay on 1-D, layer-wise and per-tower rates) and learning-rate schedules, in samples."""
+"""Parameter groups (no decay on 1-D, layer-wise and per-tower rates) and schedules, in samples."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from mm.errors import UserError
 
 
 class OptimConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019) with CLIP's moments (Radford et al. 2021); all lengths are in samples."""
+    """AdamW (Loshchilov and Hutter 2019) with CLIP's moments (Radford et al. 2021); lengths are in samples."""
 
     lr: float = Field(default=5e-4, ge=0)
     """Peak learning rate."""
@@ -54,11 +54,11 @@ def learning_rate(
 ) -> float:
     """Rate of the step that starts after `samples` of `total` samples.
 
-    The warm-up counts the samples of this step too (`batch`), so that the first step is not wasted on rate 0. Raises
-    UserError when the warm-up is longer than the run.
+    The warm-up counts the samples of this step too (`batch`), so that the first step is not wasted on rate 0.
+    Raises UserError when the warm-up is longer than the run.
     """
     if warmup > total:
-        raise UserError(f"optim.warmup={warmup} is longer than the run of {total} samples; use {total} at most")
+        raise UserError(f"optim.warmup={warmup} is longer than the run of {total} samples; use fewer")
     if samples < warmup:
         return lr * min(1.0, (samples + batch) / warmup)
     done = min(1.0, (samples - warmup) / max(1, total - warmup))
@@ -73,8 +73,8 @@ def learning_rate(
 def learning_rates(samples: int, total: int, config: OptimConfig, batch: int = 0) -> dict[str, float]:
     """Rate of each tower ("image", "text", "head") for the step that starts after `samples` samples.
 
-    A delayed tower's rate is 0 until its delay has passed, then rises over its own warm-up. The towers' factors are
-    in the parameter groups, not here.
+    A delayed tower's rate is 0 until its delay has passed, then rises over its own warm-up. The towers' factors
+    are in the parameter groups, not here.
     """
     rate = learning_rate(
         samples,
@@ -86,7 +86,7 @@ def learning_rates(samples: int, total: int, config: OptimConfig, batch: int = 0
         batch=batch,
     )
     delays = {"image": config.image_delay, "text": config.text_delay, "head": 0}
-    return {tower: rate * _after_delay(samples, delay, config.warmup, batch) for tower, delay in delays.items()}
+    return {tower: rate * _after_delay(samples, d, config.warmup, batch) for tower, d in delays.items()}
 
 
 def _after_delay(samples: int, delay: int, warmup: int, batch: int) -> float:
@@ -104,8 +104,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups {params, names, tower, lr_scale, weight_decay}, one for each (tower, scale, decay).
 
-    `layers` gives a name's (tower, depth, depths), depth 1 at the input and `depths` at the output; names that it
-    lacks are "head", with no layer decay. Locked parameters (requires_grad False) are left out.
+    `layers` gives a name's (tower, depth, depths), depth 1 at the input and `depths` at the output; names that
+    it lacks are "head", with no layer decay. Locked parameters (requires_grad False) are left out.
     """
     factors = {"image": config.image_lr, "text": config.text_lr, "head": config.head_lr}
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}

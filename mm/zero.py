@@ -1,7 +1,7 @@
 """Where ZeRO keeps each parameter: the piece of it that this rank owns, and the whole of it put together.
 
-One view over DeepSpeed's stages (Rajbhandari et al. 2020), by parameter name: stage 0 keeps everything whole on every
-rank, stages 1 and 2 cut the optimizer's copy, stage 3 cuts the parameters too. Everything is fp32.
+One view over DeepSpeed's stages (Rajbhandari et al. 2020), by parameter name: stage 0 keeps everything whole on
+every rank, stages 1 and 2 cut the optimizer's copy, stage 3 cuts the parameters too. Everything is fp32.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def _state(optimizer: torch.optim.Optimizer, key: Tensor) -> dict[str, Any]:
     if not state:
         on = key.device if optimizer.defaults.get("fused") else torch.device("cpu")
         state["step"] = torch.zeros((), dtype=torch.float32, device=on)
-        state.update({moment: torch.zeros_like(key, memory_format=torch.preserve_format) for moment in MOMENTS})
+        state.update({moment: torch.zeros_like(key) for moment in MOMENTS})
     return state
 
 
@@ -101,8 +101,9 @@ class Shards:
         return dict(zip(names, own, strict=True))
 
     def whole(self, name: str, values: Tensor | None) -> Tensor:
-        """All ranks' pieces of something shaped like a parameter, put together; `values` is this rank's. Collective.
+        """All ranks' pieces of something shaped like a parameter, put together. Collective.
 
+        `values` is this rank's piece, None where it has none.
         The bits travel as integers: a sum with zeros would turn -0.0 into 0.0.
         """
         if self.stage == 0:
@@ -160,7 +161,8 @@ class Shards:
         if mapping is None:
             return None
         flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        return Piece(mapping.lp_fragment_address.start, mapping.hp_fragment, flat, mapping.hp_fragment_address.start)
+        begins = mapping.lp_fragment_address.start
+        return Piece(begins, mapping.hp_fragment, flat, mapping.hp_fragment_address.start)
 
     def _cut_all(self, parameter: Any) -> Piece:
         held = parameter.ds_tensor.numel()
