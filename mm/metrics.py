@@ -15,6 +15,11 @@ from torch import Tensor
 CHUNK = 2**24  # scores held at once by the functions that never build the whole matrix
 
 
+def share(hits: Bool[Tensor, " N"]) -> float:
+    """Share of hits, in [0, 1]."""
+    return int(hits.sum()) / len(hits)
+
+
 def best_rank(scores: Float[Tensor, "Q C"], positives: Bool[Tensor, "Q C"]) -> Int[Tensor, " Q"]:
     """How many candidates rank before the best positive of each query: 0 is first; C where there is none."""
     best, index = scores.masked_fill(~positives, -torch.inf).max(1)
@@ -28,7 +33,7 @@ def recall_at_k(scores: Float[Tensor, "Q C"], positives: Bool[Tensor, "Q C"], k:
     """Share of queries with any positive among their k highest scores; a query without positives is a
     miss.
     """
-    return _share(best_rank(scores, positives) < min(k, scores.shape[1]))
+    return share(best_rank(scores, positives) < min(k, scores.shape[1]))
 
 
 def topk_hits(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"], k: int) -> Bool[Tensor, " N"]:
@@ -37,9 +42,22 @@ def topk_hits(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"], k: int) -
     return best_rank(scores, true) < min(k, scores.shape[1])
 
 
+def classification_hits(
+    image: Float[Tensor, "N D"],
+    weights: Float[Tensor, "C D"],
+    labels: Int[Tensor, " N"],
+    k: int,
+    chunk: int = CHUNK,
+) -> Bool[Tensor, " N"]:
+    """`topk_hits` of the scores image @ weights.T, at most `chunk` of them at a time."""
+    rows = max(1, chunk // len(weights))
+    pairs = zip(image.split(rows), labels.split(rows), strict=True)
+    return torch.cat([topk_hits(some @ weights.T, true, k) for some, true in pairs])
+
+
 def topk_accuracy(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"], k: int = 1) -> float:
     """Share of rows whose label is among the k highest scores."""
-    return _share(topk_hits(scores, labels, k))
+    return share(topk_hits(scores, labels, k))
 
 
 def mean_per_class(hits: Bool[Tensor, " N"], labels: Int[Tensor, " N"]) -> float:
@@ -116,8 +134,8 @@ def retrieval_recall(
     """
     ranks = retrieval(image, text, image_of_text, text_ids, chunk)
     return (
-        {k: _share(ranks.image_ranks < min(k, len(text))) for k in ks},
-        {k: _share(ranks.text_ranks < min(k, len(image))) for k in ks},
+        {k: share(ranks.image_ranks < min(k, len(text))) for k in ks},
+        {k: share(ranks.text_ranks < min(k, len(image))) for k in ks},
     )
 
 
@@ -128,15 +146,11 @@ def standard_error(hits: Bool[Tensor, " N"], groups: Int[Tensor, " N"] | None = 
     The residuals are summed within groups first (the linearised ratio estimator, Cochran 1977, section 9A.2);
     without groups it is the binomial sqrt(p (1 - p) / N).
     """
-    residuals = hits.cpu().double() - _share(hits)
+    residuals = hits.cpu().double() - share(hits)
     if groups is not None:
         _, groups = groups.cpu().unique(return_inverse=True)
         residuals = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, residuals)
     return math.sqrt(float(residuals.square().sum())) / len(hits)
-
-
-def _share(hits: Tensor) -> float:
-    return int(hits.sum()) / len(hits)
 
 
 def _marks(pairs: Tensor, keys: Tensor, width: int) -> Tensor:

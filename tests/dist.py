@@ -11,7 +11,7 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 # the server imports torch once and forks every rank from that: milliseconds instead of seconds for a process
-_context.set_forkserver_preload(["torch", "mm.distributed", "mm.losses"])
+_context.set_forkserver_preload(["torch", "mm.distributed", "mm.losses", "mm.evaluators"])
 
 
 class RankFailed(AssertionError):

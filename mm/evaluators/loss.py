@@ -1,0 +1,61 @@
+"""Validation loss: the training objective on fixed batches of a set."""
+
+import hashlib
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mm import losses
+from mm.evaluators.embedding import Embedder, Facts, SetConfig
+
+
+class LossConfig(SetConfig):
+    """Images, each with its first caption."""
+
+    kind: Literal["loss"] = "loss"
+    """The contrastive loss."""
+    objective: Literal["auto", "contrastive", "sigmoid"] = "auto"
+    """Which loss; `auto`: sigmoid for a model that has a bias."""
+    pairs: int = Field(256, gt=1)
+    """Pairs that are told apart at a time: the loss grows with them, about as their logarithm."""
+    positives: Literal["same", "diagonal"] = "same"
+    """`same`: all pairs of an equal image or an equal caption are positives; `diagonal`: only the pair itself
+    is.
+    """
+
+
+def loss(embed: Embedder, config: LossConfig) -> dict[str, float]:
+    """Figures: val_loss, the mean over pairs; samples, bad."""
+    image, facts, bad = embed.images(config).usable("captions")
+    # shards may be sorted by class: a fixed shuffle makes batches as mixed as in training
+    order = sorted(range(len(facts)), key=lambda i: (hashlib.blake2b(facts[i]["key"].encode()).digest(), i))
+    facts = [facts[i] for i in order]
+    text = embed.texts([fact["captions"][0] for fact in facts], config.batch)
+    assert embed.scale is not None
+    image, text, scale = image.cpu()[order].double(), text.cpu().double(), embed.scale.cpu().double()
+    bias = None if embed.bias is None else embed.bias.cpu().double()
+    objective = config.objective
+    if objective == "auto":
+        objective = "contrastive" if bias is None else "sigmoid"
+    total = 0.0
+    # batches of nearly equal size and no remainder, whose loss would be another
+    for rows in torch.arange(len(order)).tensor_split(max(1, len(order) // config.pairs)):
+        ids = _ids([facts[i] for i in rows.tolist()]) if config.positives == "same" else {}
+        if objective == "sigmoid":
+            offset = torch.zeros(1, dtype=torch.float64) if bias is None else bias
+            value = losses.sigmoid(image[rows], text[rows], scale, offset, gather=False, **ids)
+        else:
+            value = losses.contrastive(image[rows], text[rows], scale, gather=False, **ids)
+        total += value.item() * len(rows)
+    return {"val_loss": total / len(order), "samples": len(order), "bad": bad}
+
+
+def _ids(facts: list[Facts]) -> dict[str, Tensor]:
+    images = [fact["image_id"] for fact in facts]
+    texts = [" ".join(fact["captions"][0].lower().split()) for fact in facts]
+    return {
+        name: torch.tensor([values.index(value) for value in values])
+        for name, values in (("image_ids", images), ("text_ids", texts))
+    }
