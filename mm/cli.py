@@ -16,7 +16,7 @@ mm COMMAND --help says more about each. Training and evaluation are programs of 
 """
 INDEX_HELP = """usage: mm data index SHARDS ...
 
-SHARDS: folders, files or patterns such as 'data/cc3m/{00000..00331}.tar' of webdataset tars (img2dataset's, too).
+SHARDS: folders, files or patterns such as 'data/cc3m/{00000..00331}.tar' of webdataset or img2dataset.
 Writes NAME.idx beside each shard, and sizes.json in its folder: training reads them.
 """
 

@@ -24,7 +24,7 @@ def make(source: str, out: Path | str, **options: Any) -> Path:
 
 
 def make_from(source: str, overrides: Sequence[str]) -> Path:
-    """`make` with options as on the command line: `key=value`. A folder of shards (img2dataset's) is indexed."""
+    """`make` with options as on the command line: `key=value`. A folder of shards is indexed."""
     if source not in SOURCES and not overrides and holds_shards(Path(source).expanduser()):
         return _index(source)
     chosen = find(source)

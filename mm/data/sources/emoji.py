@@ -313,6 +313,6 @@ def _readme(config: EmojiConfig, sources: Mapping[str, Art], report: Report) -> 
     ):
         yield f"| {name} | {artist} | {concepts} | {report.counts[name]} |"
     yield ""
-    yield "Concepts are split by their normalised names; what differs in gender or direction only, and what"
-    yield "an artist draws alike, stays together. No training caption equals the name or an alias of a concept"
-    yield "held out, or the name of a category."
+    yield "Concepts are split by their normalised names; what differs only in gender or direction, and"
+    yield "what an artist draws alike, stays together. No training caption equals the name or an alias of a"
+    yield "concept held out, or the name of a category."

@@ -179,7 +179,7 @@ def _pair(found: Found, name: str, config: FilesConfig) -> Pair | str:
 
 
 def _shrunk(image: Image.Image, size: int, quality: int) -> tuple[str, bytes]:
-    """Extension and bytes of the image with a shorter side of `size` pixels: PNG if it has alpha, else JPEG."""
+    """Extension and bytes of the image, its shorter side `size` pixels long: JPEG, with alpha PNG."""
     upright = ImageOps.exif_transpose(image)
     alpha = upright.has_transparency_data
     scale = size / min(upright.size)

@@ -82,7 +82,7 @@ def _pairs(
         image = image.strip()
         if image.startswith(("http://", "https://", "s3://")):
             raise UserError(
-                f"{path} lists URLs ({image}); fetch them first, for example with: img2dataset --url_list {path} "
+                f"{path} lists URLs ({image}); fetch them first, as with: img2dataset --url_list {path} "
                 f"--input_format {path.suffix[1:]} --output_format webdataset (its shards train as they are)"
             )
         yield image, caption if isinstance(caption, list) else [] if caption is None else [str(caption)]
