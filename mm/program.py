@@ -16,6 +16,7 @@ from typing import NoReturn
 from mm.errors import UserError
 
 _OTHERS_WAIT_S = 3.0  # for rank 0 to raise the same error
+_STORE_LIVES_S = 1.0  # for the others to ask what rank 0 said
 _TEARDOWN_S = 10.0
 
 
@@ -119,8 +120,13 @@ def _tell_other_ranks() -> None:
     if _in_process_group():
         from torch.distributed.distributed_c10d import _get_default_store
 
+        others = int(os.environ.get("WORLD_SIZE", "1")) - 1
+        deadline = time.monotonic() + _STORE_LIVES_S
         with contextlib.suppress(RuntimeError):
-            _get_default_store().set("mm/user_error", "said")
+            store = _get_default_store()
+            store.set("mm/user_error", "said")
+            while store.add("mm/user_error_heard", 0) < others and time.monotonic() < deadline:
+                time.sleep(0.05)  # the store that they ask may live in this process
 
 
 def _rank_0_says_it() -> bool:
@@ -136,6 +142,7 @@ def _rank_0_says_it() -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
+        store.add("mm/user_error_heard", 1)
     except RuntimeError:  # the store went with rank 0
         return True
     return True

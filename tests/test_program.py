@@ -119,10 +119,15 @@ def test_joined_ranks_end_together() -> None:
     assert two_ranks("print('done')") == [(0, "done\n", ""), (0, "done\n", "")]
 
 
+def test_a_mistake_that_all_joined_ranks_see_is_said_once() -> None:
+    assert two_ranks("raise UserError('too wide')") == [(2, "", "error: too wide\n"), (2, "", "")]
+
+
 def test_a_mistake_that_only_one_rank_sees_is_not_lost() -> None:
     (first, _, silent), (second, _, said) = two_ranks(
+        "import mm.program\nmm.program._OTHERS_WAIT_S = 0.5\n"
         "if dist.get_rank() == 1:\n    raise UserError('no such shard')\n"
-        "time.sleep(6)\nraise UserError('late')"
+        "time.sleep(3)\nraise UserError('late')"
     )
     assert (first, second) == (2, 2)
     assert silent == "error: late\n"

@@ -210,13 +210,15 @@ def test_allowed_imports_pass(module: str, source: str) -> None:
     "source",
     [
         "import pickle", "from pickle import loads", "def f():\n    import dill as json", "eval('1')",
-        "exec(text)", "import builtins\nbuiltins.eval('1')", "from builtins import eval as e", "torch.load(path)",
-        "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)",
-        "from torch import load", "subprocess.run('ls', shell=True)", "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "exec(text)", "import builtins\nbuiltins.eval('1')", "from builtins import eval as e",
+        "torch.load(path)", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)",
+        "from torch import load", "subprocess.run('ls', shell=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=trust)", "os.system('ls')",
-        "from os import system", "os.popen('ls')", "np.load(path, allow_pickle=True)", "dist.all_gather_object(out, x)",
-        "from torch.distributed import gather_object", "yaml.unsafe_load(text)", "torch.hub.load(repo, name)",
-        "from yaml import UnsafeLoader", "importlib.import_module('pickle')",
+        "from os import system", "os.popen('ls')", "np.load(path, allow_pickle=True)",
+        "dist.all_gather_object(out, x)", "from torch.distributed import gather_object",
+        "yaml.unsafe_load(text)", "torch.hub.load(repo, name)", "from yaml import UnsafeLoader",
+        "importlib.import_module('pickle')",
     ],
 )  # fmt: skip
 def test_unsafe_code_is_found(source: str) -> None:
