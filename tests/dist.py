@@ -84,6 +84,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
 def _rank(pipe: Any, environ: dict[str, str], fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.clear()
     os.environ.update(environ)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own, for the ranks' workers
     status = 0
     try:
         import torch
