@@ -88,7 +88,7 @@ class Loop:
         self.write_model = write_model
         self.best = best
         self.keep = keep
-        self.ledger = Ledger(run / "bad_samples.jsonl")
+        self.ledger = Ledger(run / "bad_samples.jsonl", state.step) if distributed.is_main() else None
         self.bad: list[dict] = []
         self.figures: Figures = {}
         self._restart_clock()
@@ -103,7 +103,7 @@ class Loop:
             rates = self.rates(self.state.samples)
             result = self.engine.step(streamed.batch, rates)
             self.state.step += 1
-            self.state.samples = streamed.position
+            self.state.samples = streamed.position_after
             self.bad += [{"step": self.state.step, **entry} for entry in streamed.bad]
             self._after_step(rates, result)
         return self.figures
@@ -159,12 +159,15 @@ class Loop:
     def _write_ledger(self) -> None:
         entries = [entry for of_rank in distributed.gather_objects(self.bad) for entry in of_rank]
         self.bad = []
-        if entries and distributed.is_main():
-            self.ledger.write(sorted(entries, key=lambda entry: entry["position"]))
-            message(
-                f"{len(entries)} samples could not be used and were replaced, the first: {entries[0]['shard']} "
-                f"{entries[0]['key']}: {entries[0]['reason']} (all in {self.ledger.path})"
-            )
+        if not entries or self.ledger is None:
+            return
+        for entry in sorted(entries, key=lambda entry: entry["position"]):
+            self.ledger.add(entry.pop("step"), [entry])
+        first = entries[0]
+        message(
+            f"{len(entries)} samples could not be used and were replaced, such as {first['key']} of "
+            f"{first['shard']}: {first['reason']} (all in {self.ledger.path})"
+        )
 
     def _evaluate(self) -> bool:
         """Evaluate; whether the best metric got better."""

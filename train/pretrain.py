@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from mm import checkpoint, distributed, program, report
 from mm.checkpoint import TrainState
-from mm.config import Config, parse
+from mm.config import Config, parse, plain
 from mm.data import make
 from mm.data.stream import Stream, StreamConfig
 from mm.data.transforms import AugmentConfig, TrainTransform
@@ -22,7 +22,7 @@ from mm.models.folder import save_model
 from mm.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from mm.optim import OptimConfig, learning_rates, parameter_groups
 from mm.report import ReportConfig
-from mm.run import open_run
+from mm.run import check_same_stream, open_run
 from mm.tasks.contrastive import ContrastiveConfig, ContrastiveTask, PairPreparation
 from train.loop import CheckpointConfig, EvaluationConfig, Figures, Loop, Schedule
 
@@ -111,10 +111,11 @@ def main(argv: list[str]) -> None:
         seed=config.seed,
     )
 
-    latest = checkpoint.latest(run)
-    state = checkpoint.load(latest, engine) if latest else TrainState()
+    latest = checkpoint.latest(run, warn=message)
+    state = checkpoint.load(latest, engine) if latest else TrainState(step=0, samples=0)
     stream = open_stream(config, model, engine, start=state.samples, stop=schedule.samples)
-    state.begin(config=config.model_dump(mode="json"), stream=stream.identity)
+    check_same_stream(state.stream, stream.identity)
+    state.stream, state.config = stream.identity, plain(config)
 
     def evaluate_all() -> Figures:
         with engine.evaluating():
@@ -127,8 +128,7 @@ def main(argv: list[str]) -> None:
         distributed.barrier()
 
     if distributed.is_main():
-        for record in ("metrics.jsonl", "bad_samples.jsonl"):
-            cut(run / record, state.step)
+        cut(run / "metrics.jsonl", state.step)
     logging = config.log.model_dump()
     with Log(run, **logging, enabled=distributed.is_main(), start=state.step) as log:
         message(describe(config, model, stream, state))
