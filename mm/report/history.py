@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
+from mm import config
+from mm.errors import UserError
 
 Figures = dict[str, dict[str, float]]
 """Set name -> figure name -> value."""
@@ -92,11 +94,8 @@ def read(run: Path) -> History:
         reason = str(line.get("reason", "unknown")).partition(":")[0]
         history.bad[reason] = history.bad.get(reason, 0) + 1
     history.config_text = _text(run / "config.yaml")
-    try:
-        config = yaml.safe_load(history.config_text)
-    except yaml.YAMLError:
-        config = None
-    history.config = config if isinstance(config, dict) else {}
+    with suppress(UserError):
+        history.config = config.read(run / "config.yaml")
     if path.exists():
         history.written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     return history

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mm.report import figures, software
-from mm.report.pictures import Gallery, Hit
 from mm.report.history import History
+from mm.report.pictures import Gallery, Hit
 from mm.report.plots import Curve, plot, smooth
 from mm.report.style import CSS
 
