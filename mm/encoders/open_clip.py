@@ -7,10 +7,10 @@ model that open_clip builds (Ilharco et al. 2021, https://github.com/mlfoundatio
 import copy
 import difflib
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -320,7 +320,7 @@ def _load_both(source: _Source, path: Path) -> Any:
         )
     try:
         open_clip.load_checkpoint(both, str(path), weights_only=True)
-    except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, ValueError, UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the weights in {path} do not fit {source.name}: {reason}") from error
     return both

@@ -48,7 +48,7 @@ class TextConfig(Config):
     """The text tower."""
 
     name: str = "bert"
-    """A transformers encoder (hub name, folder, package:NAME), or bert, roberta (random), or open_clip:NAME."""
+    """A transformers encoder (hub name, folder or package:NAME), random bert or roberta, or open_clip:NAME."""
     pretrained: bool | str = False
     """True: its published weights, false: random ones; for open_clip the tag."""
     weights: str | None = None
@@ -209,9 +209,10 @@ def _build_bert(config: TextConfig) -> BertEncoder:
         raise UserError(f"{', '.join(given)} cannot be chosen for a pretrained network; leave them out")
 
     source = model_folder(config.name)
+    hf_config = None if config.name in PRESETS else _hf_config(config.name, source)
     with from_hub(f"the tokenizer {config.tokenizer or config.name!r}"):
         hf_tokenizer = _hf_tokenizer(model_folder(config.tokenizer or config.name))
-    hf_config = _shaped(_hf_config(config.name, source, hf_tokenizer), config)
+    hf_config = _shaped(hf_config or _preset(config.name, hf_tokenizer), config)
     if len(hf_tokenizer) > hf_config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(hf_tokenizer)} words, {config.name} only {hf_config.vocab_size}; "
@@ -254,12 +255,16 @@ def _hf_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def _hf_config(name: str, source: str, tokenizer: Any) -> Any:
+def _preset(name: str, tokenizer: Any) -> Any:
     from transformers import AutoConfig
 
-    if name in PRESETS:
-        special = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        return AutoConfig.for_model(name, vocab_size=len(tokenizer), **special)
+    special = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return AutoConfig.for_model(name, vocab_size=len(tokenizer), **special)
+
+
+def _hf_config(name: str, source: str) -> Any:
+    from transformers import AutoConfig
+
     try:
         with from_hub(f"the text model {name!r}"):
             config = AutoConfig.from_pretrained(source)

@@ -2,12 +2,12 @@
 
 import importlib.util
 import os
-import pickle
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
@@ -84,7 +84,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path} is not a readable safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
             f"{path} cannot be opened as plain weights (pickled code is never run): "
             "save its state_dict as .safetensors, or with torch.save, and give that file"
