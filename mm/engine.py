@@ -38,7 +38,7 @@ class EngineConfig(Config):
     deterministic: bool = False
     """Only deterministic GPU kernels: the same bits again, slower; an operation that has none raises."""
     sync_batchnorm: bool = True
-    """Batch statistics over all GPUs; off, or on CPUs, each rank has its own and the running ones are averaged."""
+    """Batch statistics over all GPUs; off, or on CPUs, each rank has its own, the running ones are averaged."""
     persist_below: int = Field(default=100_000, ge=0)
     """ZeRO 3 keeps parameters with fewer elements than this whole on every rank."""
 
@@ -58,8 +58,8 @@ class Engine:
     """Trains `module`, whose call `module(batch)` gives (loss, figures).
 
     `groups` are those of `mm.optim.parameter_groups`. `global_batch` is the samples of a step over all ranks,
-    `seed` that of the run. Takes the module over: with ZeRO 3 its parameters are empty outside of forward passes,
-    and every rank must call it equally often. Raises UserError where the batch cannot be shared.
+    `seed` that of the run. Takes the module over: with ZeRO 3 its parameters are empty outside of forward
+    passes, and every rank must call it equally often. Raises UserError where the batch cannot be shared.
     """
 
     def __init__(
@@ -99,6 +99,8 @@ class Engine:
         )
         ds_config = _deepspeed_config(config, global_batch, self.accumulation)
         self._ds = _initialize(self.module, optimizer, ds_config)
+        if config.zero_stage == 0 and distributed.world_size() == 1:
+            self._ds.enable_backward_allreduce = False  # it would copy all gradients twice, for nothing
         self._optimizer: torch.optim.Optimizer = self._ds.basic_optimizer
         if config.compile:
             self.module.compile()
@@ -199,8 +201,8 @@ class Engine:
                     yield kind, name, value.detach().to("cpu", copy=True).contiguous()
 
     def full_weights(self, ema: bool = True, prefix: str = "") -> dict[str, Tensor]:
-        """Whole weights and buffers on rank 0 ({} elsewhere), the averaged ones where they are kept (and `ema`);
-        of those that begin with `prefix`, which is cut off. Collective; for `mm.models.folder.save_model`."""
+        """Whole weights and buffers on rank 0 ({} elsewhere), the averaged ones where kept (and `ema`); of
+        those that begin with `prefix`, which is cut off. Collective; for `mm.models.folder.save_model`."""
         kinds = ("weight", "buffer", *(("ema",) if ema else ()))
         state: dict[str, Tensor] = {}
         main = distributed.is_main()

@@ -12,7 +12,7 @@ from mm.errors import UserError
 
 
 class OptimConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019) with CLIP's moments (Radford et al. 2021); lengths are in samples."""
+    """AdamW (Loshchilov and Hutter 2019) as CLIP used it (Radford et al. 2021); lengths are in samples."""
 
     lr: float = Field(default=5e-4, ge=0)
     """Peak learning rate."""
@@ -73,8 +73,8 @@ def learning_rate(
 def learning_rates(samples: int, total: int, config: OptimConfig, batch: int = 0) -> dict[str, float]:
     """Rate of each tower ("image", "text", "head") for the step that starts after `samples` samples.
 
-    A delayed tower's rate is 0 until its delay has passed, then rises over its own warm-up. The towers' factors
-    are in the parameter groups, not here.
+    A delayed tower's rate is 0 until its delay has passed, then rises over its own warm-up. The factors of the
+    towers are in the parameter groups, not here.
     """
     rate = learning_rate(
         samples,
@@ -104,8 +104,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups {params, names, tower, lr_scale, weight_decay}, one for each (tower, scale, decay).
 
-    `layers` gives a name's (tower, depth, depths), depth 1 at the input and `depths` at the output; names that
-    it lacks are "head", with no layer decay. Locked parameters (requires_grad False) are left out.
+    `layers` gives a name's (tower, depth, depths), depth 1 at the input and `depths` at the output; names it
+    lacks are "head", with no layer decay. Locked parameters (requires_grad False) are left out.
     """
     factors = {"image": config.image_lr, "text": config.text_lr, "head": config.head_lr}
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}

@@ -25,7 +25,7 @@ _DTYPES = {
 
 
 class TensorFile:
-    """Writes a safetensors file. `tensors` gives the key, type and shape of those that will follow, in order."""
+    """Writes a safetensors file; `tensors` gives the key, type and shape of those to follow, in order."""
 
     def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, torch.Size]]) -> None:
         self.path = path

@@ -1,7 +1,7 @@
 """Where ZeRO keeps each parameter: the piece of it that this rank owns, and the whole of it put together.
 
-One view over DeepSpeed's stages (Rajbhandari et al. 2020), by parameter name: stage 0 keeps everything whole on
-every rank, stages 1 and 2 cut the optimizer's copy, stage 3 cuts the parameters too. Everything is fp32.
+One view over DeepSpeed's stages (Rajbhandari et al. 2020), by parameter name: stage 0 keeps everything whole
+on every rank, stages 1 and 2 cut the optimizer's copy, stage 3 cuts the parameters too. Everything is fp32.
 """
 
 from collections.abc import Sequence
