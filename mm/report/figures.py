@@ -99,7 +99,8 @@ def label(key: str) -> str:
 
 def best(history: History) -> str:
     """Which weights `model/` holds, where a config chooses the best: HTML."""
-    wanted = (history.config.get("evaluate") or {}).get("best")
+    section = history.config.get("evaluate")
+    wanted = section.get("best") if isinstance(section, dict) else None
     if not isinstance(wanted, str):
         return ""
     name, _, key = wanted.partition("/")
