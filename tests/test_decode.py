@@ -29,6 +29,7 @@ RGB = Image.fromarray(SMOOTH)
 RGBA = RGB.copy()
 RGBA.putalpha(RGB.convert("L"))
 PALETTE = RGB.quantize(16)
+ANIMATION = encode(RGB, "WEBP", save_all=True, append_images=[RGB.rotate(90)], lossless=True)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +49,7 @@ PALETTE = RGB.quantize(16)
         pytest.param(encode(RGB, "WEBP", lossless=True), "RGB", 0, id="webp"),
         pytest.param(encode(RGBA, "WEBP", lossless=True), "RGBA", 0, id="rgba webp"),
         pytest.param(encode(PALETTE, "GIF", save_all=True, append_images=[RGB]), "RGB", 0, id="animated gif"),
-        pytest.param(encode(RGB, "WEBP", save_all=True, append_images=[RGB.rotate(90)], lossless=True), "RGB", 0,
-                     id="animated webp"),
+        pytest.param(ANIMATION, "RGB", 0, id="animated webp"),
         pytest.param(encode(RGB, "BMP"), "RGB", 0, id="bmp"),
         pytest.param(encode(RGB, "TIFF"), "RGB", 0, id="tiff"),
     ],
@@ -73,7 +73,8 @@ def test_exif_orientation_is_applied() -> None:
     for kind in ("JPEG", "PNG"):
         got = image(encode(RGB, kind, exif=exif))
         assert got.shape == (3, 80, 60)
-        assert (got.int() - torch.from_numpy(np.rot90(SMOOTH, -1).copy()).permute(2, 0, 1).int()).abs().max() < 40
+        turned = torch.from_numpy(np.rot90(SMOOTH, -1).copy()).permute(2, 0, 1)
+        assert (got.int() - turned.int()).abs().max() < 40
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -92,7 +93,7 @@ def test_bombs_are_refused_by_their_header(data: bytes) -> None:
 def test_the_limit_can_be_set() -> None:
     data = encode(RGB, "PNG")
     assert image(data, max_pixels=4800).shape == (3, 60, 80)
-    with pytest.raises(BadSample, match="80 x 60 pixels exceeds the limit of 4799"):
+    with pytest.raises(BadSample, match="80 x 60 pixels exceeds the limit of 4799$"):
         image(data, max_pixels=4799)
 
 

@@ -5,7 +5,14 @@ from mm.data.ledger import Ledger
 
 
 def entry(key: str, reason: str) -> dict[str, object]:
-    return {"position": 1, "epoch": 0, "shard": "ä.tar", "key": key, "reason": reason, "replaced_by": {"key": "x"}}
+    return {
+        "position": 1,
+        "epoch": 0,
+        "shard": "ä.tar",
+        "key": key,
+        "reason": reason,
+        "replaced_by": {"key": "x"},
+    }
 
 
 def test_entries_are_lines_and_are_counted(tmp_path: Path) -> None:

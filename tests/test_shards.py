@@ -8,7 +8,8 @@ import pytest
 import webdataset
 
 from mm.data.decode import BadSample
-from mm.data.shards import ShardIndex, ShardSet, ShardWriter, expand, index_shards, index_text, read_sizes
+from mm.data.index import ShardIndex, index_text
+from mm.data.shards import ShardSet, ShardWriter, expand, index_shards, read_sizes
 from mm.errors import UserError
 
 
@@ -76,7 +77,7 @@ def test_names_in_every_tar_layout(tmp_path: Path, layout: int) -> None:
 
 def test_only_regular_members_inside_the_shard_count(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name in ("../../evil.jpg", "/etc/evil.jpg", "a/../../evil.jpg", "good.jpg", "noextension", "._x.jpg"):
+        for name in ("../../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "good.jpg", "noextension", "._x.jpg"):
             info = tarfile.TarInfo(name)
             info.size = 4
             tar.addfile(info, io.BytesIO(b"data"))
@@ -169,7 +170,8 @@ def test_damage_stays_where_it_is(tmp_path: Path) -> None:
     shards = ShardSet(str(tmp_path))
     with pytest.raises(BadSample, match=f"damaged tar header of {key}.jpg"):
         shards[2]
-    assert [(shards[i].key, shards[i].members) for i in (0, 1, 3, 4, 5)] == [samples[i] for i in (0, 1, 3, 4, 5)]
+    others = (0, 1, 3, 4, 5)
+    assert [(shards[i].key, shards[i].members) for i in others] == [samples[i] for i in others]
     shard.write_bytes(data[: header + 600])  # cut short
     shards = ShardSet(str(tmp_path))
     assert shards[1].key == samples[1][0]

@@ -48,12 +48,12 @@ def image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
             opened = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = opened.size
             if width * height > max_pixels:
-                raise BadSample(f"image of {width} x {height} pixels exceeds the limit of {max_pixels} pixels")
+                raise BadSample(f"image of {width} x {height} pixels exceeds the limit of {max_pixels}")
             decoded = _jpeg(data, opened)
             return _with_pillow(opened) if decoded is None else decoded
     except BadSample:
         raise
-    except Exception as error:  # noqa: BLE001  # decoders raise nearly every kind on damaged data
+    except Exception as error:  # decoders raise nearly every kind on damaged data
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         if "BytesIO" in first_line:  # Pillow names the object, not the problem
             first_line = f"starts with {data[:8]!r}"

@@ -10,8 +10,8 @@ from typing import Any
 class Ledger:
     """Appends entries to `bad_samples.jsonl`, one JSON object a line, and counts them by reason. For rank 0.
 
-    Lines that are there already are counted; those of steps after `step` are cut, so that after a kill the file is
-    the history of the weights that survived.
+    Lines that are there already are counted; those of steps after `step` are cut, so that after a kill the
+    file is the history of the weights that survived.
     """
 
     def __init__(self, path: str | Path, step: int | None = None):

@@ -79,7 +79,7 @@ class Order:
         self._epoch = lru_cache(maxsize=2)(self._shuffle_shards)
 
     def _shuffle_shards(self, epoch: int) -> tuple[Ints, Ints]:
-        """(shards,) shard numbers in this epoch's order, and where the samples of each end in the epoch's list."""
+        """(shards,) shard numbers in this epoch's order, and where the samples of each end in its list."""
         keys = mix(self.seed, _SHARDS, epoch, np.arange(len(self.sizes)))
         shards = np.argsort(keys, kind="stable")
         return shards, np.cumsum(self.sizes[shards])
@@ -120,8 +120,8 @@ class Order:
     def rank_slots(self, start: int, count: int, rank: int, ranks: int) -> Ints:
         """Positions among start..start+count-1 that a rank takes, in the order in which it takes them.
 
-        The batch, sorted by lane, is cut into equal pieces: a rank stays with its lanes, and the pieces of all
-        ranks in a row are the same for any number of ranks.
+        The batch, sorted by lane, is cut into equal pieces: a rank stays with its lanes, and the pieces of
+        all ranks in a row are the same for any number of ranks.
         """
         assert count % ranks == 0
         g = np.arange(start, start + count, dtype=np.int64)

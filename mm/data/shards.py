@@ -1,9 +1,7 @@
-"""Shards: webdataset tars with an index of their members, read at random and written atomically.
+"""Shards: webdataset tars, read at random by the offsets of their members, and written atomically.
 
-Beside `NAME.tar` lies `NAME.idx`, and beside all shards of a folder `sizes.json` (shard file name -> samples).
-An index is text: JSON lines, all padded with blanks to one width, so that line i is found at byte `i * width`. Line 0
-is `{"format": "mm-index-1", "width": bytes a line, "size": bytes of the tar, "samples": n}`; line i + 1 is sample i,
-`["key", {"jpg": [offset, size], "txt": [offset, size]}]`, offsets counted in bytes from the start of the tar.
+Beside `NAME.tar` lies `NAME.idx` (see `index`), and beside all shards of a folder `sizes.json` (shard file
+name -> samples).
 """
 
 import glob
@@ -11,7 +9,6 @@ import json
 import os
 import re
 import tarfile
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +21,17 @@ from typing import Self
 import numpy as np
 
 from mm.data.decode import BadSample
+from mm.data.index import (
+    BLOCK,
+    NAME,
+    ShardIndex,
+    index_path,
+    index_text,
+    is_inside,
+    open_index,
+    write_atomically,
+)
 from mm.errors import UserError
-
-FORMAT = "mm-index-1"
-BLOCK = 512  # bytes of a tar header, and the unit that tar pads to
-LONGEST_NAME = 4096  # bytes; members with longer names are ignored
-# as webdataset splits names: the key ends at the first dot of the basename
-NAME = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]+)$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
             else:
                 matches = [path] if os.path.exists(path) else glob.glob(path)
             if not matches:
-                raise UserError(f"no shards: {path!r} is neither a .tar file nor a folder or pattern that holds one")
+                raise UserError(
+                    f"no shards: {path!r} is neither a .tar file nor a folder or pattern that holds one"
+                )
             found.update(os.path.normpath(match) for match in matches)
     if not found:
         raise UserError("no shards were named; give a folder, a pattern or a list of .tar files")
@@ -78,116 +81,11 @@ def _braces(pattern: str) -> list[str]:
     return ["".join(parts) for parts in product(*choices)]
 
 
-def scan(path: str) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """Samples of a tar as (key, {extension: (offset, size)}), from its headers alone.
-
-    Members are grouped as webdataset does: neighbours with one key are a sample. Only regular files count; links,
-    devices and names that climb out of the shard (`../x`, `/x`) are ignored.
-
-    Raises:
-        UserError: the file is missing, empty, not a tar, or cut short.
-    """
-    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
-    try:
-        if os.path.getsize(path) == 0:
-            raise UserError(f"shard {path} is empty (0 bytes): delete it or fetch it again")
-        with tarfile.open(path, "r:", errors="replace") as tar:
-            tar_size = os.path.getsize(path)
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member otherwise
-                if not member.isreg() or member.issparse():
-                    continue
-                if member.offset_data + member.size > tar_size:
-                    raise tarfile.ReadError(f"member {member.name} ends after the file does")
-                name = NAME.match(member.name)
-                if not name or not _inside(member.name):
-                    continue
-                key, extension = name.group(1), name.group(2).lower()
-                if not samples or samples[-1][0] != key or extension in samples[-1][1]:
-                    samples.append((key, {}))
-                samples[-1][1][extension] = (member.offset_data, member.size)
-            with open(path, "rb") as file:  # tarfile takes a damaged header for the end
-                file.seek(tar.offset)
-                if any(file.read(BLOCK)):
-                    raise tarfile.ReadError(f"no tar header at byte {tar.offset}")
-    except FileNotFoundError:
-        raise UserError(f"shard {path} does not exist") from None
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"shard {path} is not a whole tar file ({error}): delete it or fetch it again") from error
-    return samples
-
-
-def _inside(name: str) -> bool:
-    return not name.startswith("/") and ".." not in name.split("/") and len(name.encode()) <= LONGEST_NAME
-
-
-class ShardIndex:
-    """Keys and member offsets of one shard, a line read from disk at a time: it takes no memory of its own."""
-
-    def __init__(self, lines: bytes | int):
-        """lines: the whole text of an index, or the file descriptor of one."""
-        self._lines = lines
-        head = json.loads(self._read(0, 256).split(b"\n", 1)[0])
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise ValueError("not an index of mm")
-        self.width, self.tar_size, self.samples = int(head["width"]), int(head["size"]), int(head["samples"])
-
-    def _read(self, start: int, count: int) -> bytes:
-        if isinstance(self._lines, bytes):
-            return self._lines[start : start + count]
-        return os.pread(self._lines, count, start)
-
-    def __getitem__(self, i: int) -> tuple[str, dict[str, tuple[int, int]]]:
-        key, members = json.loads(self._read((i + 1) * self.width, self.width))
-        return key, members
-
-    def close(self) -> None:
-        if isinstance(self._lines, int):
-            os.close(self._lines)
-
-
-def index_text(path: str) -> bytes:
-    """The text of the index of a shard: see the top of this file. UserError as `scan`."""
-    samples = scan(path)
-    lines = [json.dumps(sample, separators=(",", ":")).encode() for sample in samples]
-    width = 1 + max([128, *(len(line) for line in lines)])
-    head = {"format": FORMAT, "width": width, "size": os.path.getsize(path), "samples": len(samples)}
-    return b"".join(line.ljust(width - 1) + b"\n" for line in [json.dumps(head).encode(), *lines])
-
-
-def index_path(shard: str) -> str:
-    """`NAME.idx` for `NAME.tar`."""
-    return str(Path(shard).with_suffix(".idx"))
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """The file is there whole or not at all, also after a crash."""
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".", suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def index_shards(shards: str | Sequence[str], write: bool = True) -> dict[str, int]:
     """Index shards that exist (of img2dataset, webdataset, ...): `mm data index`.
 
-    Writes `NAME.idx` beside each shard and one `sizes.json` a folder, which keeps the entries of shards that were not
-    named as long as they exist.
+    Writes `NAME.idx` beside each shard and one `sizes.json` a folder, which keeps the entries of shards that
+    were not named as long as they exist.
 
     Args:
         shards: what `expand` takes.
@@ -246,15 +144,17 @@ def read_sizes(shards: str | Sequence[str]) -> dict[str, int] | None:
                 return None
             tables[folder] = _read_sizes(table)
         if name not in tables[folder]:
-            raise UserError(f"{folder or '.'}/sizes.json does not list {name}; run: mm data index {folder or '.'}")
+            raise UserError(
+                f"{folder or '.'}/sizes.json does not list {name}; run: mm data index {folder or '.'}"
+            )
         counts[path] = tables[folder][name]
     for pattern in [shards] if isinstance(shards, str) else shards:
         folder = os.path.normpath(os.path.expanduser(pattern))
         missing = sorted(n for n in tables.get(folder, {}) if os.path.join(folder, n) not in counts)
         if os.path.isdir(folder) and missing:
             raise UserError(
-                f"{folder}/sizes.json lists {len(missing)} shards that are not there, {missing[0]} among them; "
-                f"fetch them, or run: mm data index {folder}"
+                f"{folder}/sizes.json lists {len(missing)} shards that are not there, {missing[0]} among "
+                f"them; fetch them, or run: mm data index {folder}"
             )
     return counts
 
@@ -265,7 +165,9 @@ class ShardSet:
     Files are opened at the first use in each process, and the longest unused are closed again.
     """
 
-    def __init__(self, shards: str | Sequence[str], sizes: Mapping[str, int] | None = None, open_shards: int = 256):
+    def __init__(
+        self, shards: str | Sequence[str], sizes: Mapping[str, int] | None = None, open_shards: int = 256
+    ):
         """
         Args:
             shards: what `expand` takes.
@@ -339,7 +241,7 @@ class ShardSet:
         path = self.paths[shard]
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            table = _open_index(path, os.fstat(descriptor).st_size)
+            table = open_index(path, os.fstat(descriptor).st_size)
             if table.samples != self.sizes[shard]:
                 raise UserError(
                     f"shard {path} holds {table.samples} samples, but {self.sizes[shard]} were expected; "
@@ -370,30 +272,16 @@ class ShardSet:
         return self.__dict__ | {"_open": OrderedDict()}
 
 
-def _open_index(path: str, tar_size: int) -> ShardIndex:
-    written = None
-    try:
-        written = ShardIndex(os.open(index_path(path), os.O_RDONLY | os.O_CLOEXEC))
-    except (FileNotFoundError, ValueError, KeyError):
-        pass  # none, or of another program
-    if written is not None and written.tar_size == tar_size:
-        return written
-    try:
-        return ShardIndex(index_text(path))
-    except UserError:
-        if written is None:
-            raise
-        return written  # the tar was damaged after indexing: what is left of it can still be read
-
-
 class ShardWriter:
     """Writes samples into shards `folder/prefix-000000.tar`, ...; each appears whole, with its index.
 
-    The same samples give the same bytes. `sizes.json` is written at the end; leaving the `with` block by an exception
-    keeps the finished shards and drops the one being written.
+    The same samples give the same bytes. `sizes.json` is written at the end; leaving the `with` block by an
+    exception keeps the finished shards and drops the one being written.
     """
 
-    def __init__(self, folder: str | Path, prefix: str = "shard", max_samples: int = 1000, max_bytes: int = 2**30):
+    def __init__(
+        self, folder: str | Path, prefix: str = "shard", max_samples: int = 1000, max_bytes: int = 2**30
+    ):
         self.folder, self.prefix = Path(folder), prefix
         self.max_samples, self.max_bytes = max_samples, max_bytes
         self.sizes: dict[str, int] = {}
@@ -404,7 +292,8 @@ class ShardWriter:
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Append a sample. key: without dots in its last part; members: extension -> bytes."""
         if self._temporary is not None and (
-            self._samples >= self.max_samples or self._tar.offset + sum(map(len, members.values())) > self.max_bytes
+            self._samples >= self.max_samples
+            or self._tar.offset + sum(map(len, members.values())) > self.max_bytes
         ):
             self._finish()
         if self._temporary is None:
@@ -412,8 +301,10 @@ class ShardWriter:
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             name = NAME.match(info.name)
-            if not name or name.groups() != (key, extension.lower()) or not _inside(info.name):
-                raise UserError(f"{info.name!r} cannot be the name of a member: a key has no dots, and no '..' in it")
+            if not name or name.groups() != (key, extension.lower()) or not is_inside(info.name):
+                raise UserError(
+                    f"{info.name!r} cannot be the name of a member: a key has no dots or '..' in it"
+                )
             info.size = len(data)
             self._tar.addfile(info, BytesIO(data))
         self._samples += 1
@@ -440,7 +331,9 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         elif self._temporary is not None:

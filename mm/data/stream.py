@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mm import distributed
 from mm.config import Config
 from mm.data.decode import BadSample
+from mm.data.index import index_path
 from mm.data.order import Order, mix
-from mm.data.shards import Sample, ShardSet, expand, index_path, index_shards, read_sizes
+from mm.data.shards import Sample, ShardSet, expand, index_shards, read_sizes
 from mm.errors import UserError
 
 Prepare = Callable[[Sample, random.Random], Any]
@@ -57,8 +58,8 @@ class StreamBatch(NamedTuple):
 class Stream:
     """Endless batches of this rank over the shards, from a position to another.
 
-    The samples of a global batch and what is drawn for them depend on (seed, position) alone; the batches of all
-    ranks in a row are the same for any number of ranks and workers. Each `iter` starts again at `start`.
+    The samples of a global batch and what is drawn for them depend on (seed, position) alone; the batches of
+    all ranks in a row are the same for any number of ranks and workers. Each `iter` starts again at `start`.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Stream:
             micro_batches: equal parts that this rank's batch is cut into.
 
         Raises:
-            UserError: no shards, damaged ones, or a global batch that the ranks and micro-batches do not divide.
+            UserError: no shards, damaged ones, or a global batch that the ranks do not divide.
         """
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
@@ -112,7 +113,16 @@ class Stream:
         }
         self._workers, self._prefetch = config.workers, config.prefetch
         self._reader = _Reader(
-            shards, order, prepare, collate, global_batch, start, stop, self.rank, self.world_size, micro_batches
+            shards,
+            order,
+            prepare,
+            collate,
+            global_batch,
+            start,
+            stop,
+            self.rank,
+            self.world_size,
+            micro_batches,
         )
 
     def __iter__(self) -> Iterator[StreamBatch]:
@@ -147,15 +157,17 @@ def check_shares(global_batch: int, ranks: int, micro_batches: int = 1) -> None:
 
 
 def choose_lanes(global_batch: int, most: int, samples: int) -> int:
-    """S: the largest divisor of the global batch that is at most `most`, and leaves each lane four slots of a batch
-    and two samples of the set. It does not depend on the ranks."""
+    """S: the largest divisor of the global batch that is at most `most` and leaves each lane four slots of a
+    batch and two samples of the set. It does not depend on the ranks."""
     limit = max(1, min(most, global_batch // 4, samples // 2))
     return next(lanes for lanes in range(limit, 0, -1) if global_batch % lanes == 0)
 
 
 def find_sizes(patterns: str | list[str]) -> tuple[dict[str, int], list[str]]:
-    """Path -> samples of the shards, from `sizes.json` or else by indexing on rank 0, and remarks; the same on all
-    ranks. UserError, on all ranks, for shards that are missing or damaged."""
+    """Path -> samples of the shards, from `sizes.json` or else by indexing on rank 0, and remarks.
+
+    The same on all ranks; so is the UserError for shards that are missing or damaged.
+    """
     found: dict[str, Any] = {}
     if distributed.rank() == 0:
         try:
@@ -176,12 +188,14 @@ def _find_sizes(patterns: str | list[str]) -> tuple[dict[str, int], list[str]]:
     folder = os.path.dirname(expand(patterns)[0]) or "."
     try:
         sizes = index_shards(patterns)
-        return sizes, [f"{folder} had no sizes.json: {len(sizes)} shards were indexed, the index written beside them"]
+        return sizes, [
+            f"{folder} had no sizes.json: {len(sizes)} shards were indexed, the index written beside them"
+        ]
     except OSError as error:  # not ours to write
         sizes = index_shards(patterns, write=False)
         return sizes, [
-            f"{folder} has no sizes.json and cannot be written ({error.strerror}): {len(sizes)} shards were indexed "
-            "in memory, and will be again by every run; run `mm data index` where it can be written"
+            f"{folder} has no sizes.json and cannot be written ({error.strerror}): {len(sizes)} shards were "
+            "indexed in memory, and will be again by every run; run `mm data index` where it can be written"
         ]
 
 
@@ -213,9 +227,9 @@ def _remarks(shards: ShardSet, ranks: int, workers: int) -> list[str]:
         last = np.searchsorted(ends, np.maximum(edges[1:] - 1, edges[:-1]), side="right")
         opened = int((last - first + 1).sum()) * max(1, workers)
         remarks.append(
-            f"{full} shards for {readers} readers ({ranks} ranks x {max(1, workers)} workers): an epoch opens shards "
-            f"{opened} times, {opened / full:.1f} times each; no sample is read twice, but more and smaller shards "
-            "would spread the load"
+            f"{full} shards for {readers} readers ({ranks} ranks x {max(1, workers)} workers): an epoch "
+            f"opens shards {opened} times, {opened / full:.1f} times each; no sample is read twice, but more and "
+            "smaller shards would spread the load"
         )
     return remarks
 
@@ -266,7 +280,9 @@ class _Reader(IterableDataset[Any]):
         slots = self.order.rank_slots(position, self.global_batch, self.rank, self.ranks)
         bad: list[dict[str, Any]] = []
         epochs, shards, indices = self._places(slots)
-        items = [self.item(*place, bad) for place in zip(slots.tolist(), epochs, shards, indices, strict=True)]
+        items = [
+            self.item(*place, bad) for place in zip(slots.tolist(), epochs, shards, indices, strict=True)
+        ]
         share = len(items) // self.micro_batches
         return [self.collate(items[i : i + share]) for i in range(0, len(items), share)], bad
 
@@ -284,7 +300,13 @@ class _Reader(IterableDataset[Any]):
                 item = self.prepare(sample, random.Random(int(mix(self.order.seed, DRAWS, g, attempt))))
             except BadSample as error:
                 path = self.shards.paths[shard]
-                entry = entry or {"position": g, "epoch": epoch, "shard": path, "key": key, "reason": error.reason}
+                entry = entry or {
+                    "position": g,
+                    "epoch": epoch,
+                    "shard": path,
+                    "key": key,
+                    "reason": error.reason,
+                }
             else:
                 if entry is not None:
                     bad.append(entry | {"replaced_by": {"shard": self.shards.paths[shard], "key": key}})
@@ -299,14 +321,16 @@ class _Reader(IterableDataset[Any]):
         raise AssertionError
 
     def _patiently(self, read: Callable[[int, int], Any], shard: int, index: int) -> Any:
-        """A read error may pass: try again, and end the run if it does not. It never becomes a replacement."""
+        """A read error may pass: try again, and end the run if it stays. It never becomes a replacement."""
         for wait in (*RETRY_AFTER, None):
             try:
                 return read(shard, index)
             except OSError as error:
                 if wait is None:
                     path, tries = self.shards.paths[shard], len(RETRY_AFTER) + 1
-                    raise OSError(f"reading {path} failed {tries} times: {error.strerror or error}") from error
+                    raise OSError(
+                        f"reading {path} failed {tries} times: {error.strerror or error}"
+                    ) from error
                 self.shards.close()
                 time.sleep(wait)
         raise AssertionError

@@ -1,4 +1,4 @@
-"""Preprocessing and augmentation of uint8 images; every random number is drawn from the generator that is handed in.
+"""Preprocessing and augmentation of uint8 images; all random numbers come from the generator handed in.
 
 Images stay uint8: normalisation is the encoder's, on the device.
 """
@@ -35,7 +35,7 @@ class AugmentConfig(Config):
     flip: float = Field(0.0, ge=0, le=1)
     """Probability of a mirror image."""
     color_jitter: float = Field(0.0, ge=0, le=1)
-    """Strength of changes of brightness, contrast and saturation (0.4: factors of 0.6 to 1.4), and by a fourth of it of hue."""
+    """Strength of changes of brightness, contrast, saturation (0.4: factors of 0.6 to 1.4), less of hue."""
     color_jitter_prob: float = Field(0.8, ge=0, le=1)
     """Probability of the colour change, when color_jitter is not 0."""
     gray: float = Field(0.0, ge=0, le=1)
@@ -47,14 +47,14 @@ class AugmentConfig(Config):
     zoom: tuple[float, float] = (1.0, 1.0)
     """Factor of enlargement about the centre, from and to; below 1 leaves a border (for drawings)."""
     background: Literal["white", "random"] = "white"
-    """Colour behind transparent pixels and around turned or shifted images: white, or any, drawn anew each time."""
+    """Colour behind transparent pixels and around turned or shifted images; random: drawn anew each time."""
 
 
 class TrainTransform:
     """Random resized crop, affine, flip and colours: (image uint8 (3|4, H, W), rng) -> uint8 (3, size).
 
-    Inception-style crops (arXiv:1409.4842) with the distribution of torchvision's `RandomResizedCrop`. A fourth
-    channel is alpha: the image is laid on the background.
+    Inception-style crops (arXiv:1409.4842) with the distribution of torchvision's `RandomResizedCrop`. A
+    fourth channel is alpha: the image is laid on the background.
     """
 
     def __init__(self, size: int | Sequence[int], augment: AugmentConfig, interpolation: str = "bicubic"):
@@ -71,7 +71,9 @@ class TrainTransform:
         background = WHITE
         if augment.background == "random":
             background = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
-        top, left, height, width = crop_box(image.shape[-2], image.shape[-1], augment.scale, augment.ratio, rng)
+        top, left, height, width = crop_box(
+            image.shape[-2], image.shape[-1], augment.scale, augment.ratio, rng
+        )
         image = composite(image[:, top : top + height, left : left + width], background)
         image = F.resize(image, list(self.size), interpolation=self.interpolation, antialias=True)
         if augment.rotate or augment.shift or augment.zoom != (1.0, 1.0):
@@ -86,7 +88,7 @@ class TrainTransform:
 
     def _affine(self, image: Tensor, background: tuple[int, int, int], rng: random.Random) -> Tensor:
         augment = self.augment
-        # torchvision darkens the seam to its fill: what is moved is the difference from it, and the fill is zero
+        # torchvision darkens the seam to its fill: so the difference from it is moved, with a fill of zero
         behind = torch.tensor(background, dtype=torch.float32)[:, None, None]
         moved = F.affine(
             image.float() - behind,
@@ -102,18 +104,24 @@ class TrainTransform:
 class EvalTransform:
     """Resize and centre crop: image uint8 (3|4, H, W) -> uint8 (3, size), the same for the same image always.
 
-    Modes, as in open_clip: `shortest` fits the shorter side and crops the longer one, `longest` fits the longer
-    side and pads the shorter one with black, `squash` ignores the aspect ratio. Alpha is laid on white.
+    Modes, as in open_clip: `shortest` fits the shorter side and crops the longer one, `longest` fits the
+    longer side and pads the shorter one with black, `squash` ignores the aspect ratio. Alpha is laid on
+    white.
     """
 
-    def __init__(self, size: int | Sequence[int], resize_mode: str = "shortest", interpolation: str = "bicubic"):
-        self.size, self.resize_mode, self.interpolation = _pair(size), resize_mode, _interpolation(interpolation)
+    def __init__(
+        self, size: int | Sequence[int], resize_mode: str = "shortest", interpolation: str = "bicubic"
+    ):
+        self.size, self.interpolation = _pair(size), _interpolation(interpolation)
+        self.resize_mode = resize_mode
         if resize_mode not in ("shortest", "longest", "squash"):
             raise UserError(f"resize_mode {resize_mode!r} is not one of shortest, longest, squash")
 
     def __call__(self, image: Tensor) -> Tensor:
         image = composite(image, WHITE)
-        resized = F.resize(image, self._resized(*image.shape[-2:]), interpolation=self.interpolation, antialias=True)
+        resized = F.resize(
+            image, self._resized(*image.shape[-2:]), interpolation=self.interpolation, antialias=True
+        )
         return F.center_crop(resized, list(self.size)).contiguous()  # pads where it is smaller
 
     def _resized(self, height: int, width: int) -> list[int]:
@@ -134,7 +142,7 @@ class EvalTransform:
 def crop_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """top, left, height, width of a random crop, distributed as torchvision's `RandomResizedCrop.get_params`."""
+    """top, left, height, width of a random crop, distributed as in torchvision's `RandomResizedCrop`."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
