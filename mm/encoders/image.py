@@ -145,10 +145,11 @@ def _build_timm(config: ImageConfig) -> TimmEncoder:
         )
     if config.pretrained and config.weights:
         raise UserError("pretrained and weights are both given; keep one")
-    published = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
-    if published is None or ("." in config.name and config.name.split(".", 1)[1] != published.tag):
-        tags = ", ".join(timm.list_pretrained(f"{config.name.split('.')[0]}.*"))
-        raise UserError(f"timm has no weights {config.name!r}; it has {tags or 'none for this network'}")
+    try:
+        published = timm.get_pretrained_cfg(config.name, allow_unregistered=False)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{config.name.split('.')[0]}.*")) or "none for this network"
+        raise UserError(f"timm has no weights {config.name!r}; it has {tags}") from error
     spec = {
         "kind": "timm",
         "name": config.name,

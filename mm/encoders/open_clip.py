@@ -22,6 +22,7 @@ from open_clip import model as towers
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
+from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
@@ -238,7 +239,7 @@ def load_tokenizer(spec: dict[str, Any], folder: Path | None) -> OpenClipTokeniz
     if not name:
         return OpenClipTokenizer(open_clip.SimpleTokenizer(context_length=length, **arguments), length)
     local = folder is not None and (folder / "tokenizer.json").is_file()
-    backend = open_clip.HFTokenizer(
+    backend = HFTokenizer(
         str(folder) if local else name,
         context_length=length,
         tokenizer_mode=config.get("tokenizer_mode"),

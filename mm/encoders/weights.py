@@ -160,8 +160,8 @@ def from_hub(what: str) -> Iterator[None]:
     constants.HF_HUB_OFFLINE = offline or not _name_resolves(constants.ENDPOINT)
     try:
         yield
-    except UserError:
-        raise
+    except (UserError, AssertionError, AttributeError, NameError):
+        raise  # a user's mistake with a better message, or ours
     # timm, transformers and the hub's client fail in their own ways here, down to their http library's errors
     except Exception as error:
         cache = os.path.dirname(constants.HF_HUB_CACHE)
