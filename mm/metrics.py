@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK = 2**24  # scores held at once by the functions that never build the whole matrix
+CHUNK = 2**22  # scores held at once by the functions that never build the whole matrix
 
 
 def share(hits: Bool[Tensor, " N"]) -> float:
