@@ -38,7 +38,7 @@ class EngineConfig(Config):
     deterministic: bool = False
     """Only deterministic GPU kernels: the same bits again, slower; an operation that has none raises."""
     sync_batchnorm: bool = True
-    """Batch statistics over all GPUs; off, or on CPUs, each rank has its own, the running ones are averaged."""
+    """Batch statistics over all GPUs; off, or on CPUs, of each rank, and the running ones are averaged."""
     persist_below: int = Field(default=100_000, ge=0)
     """ZeRO 3 keeps parameters with fewer elements than this whole on every rank."""
 

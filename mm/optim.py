@@ -73,8 +73,8 @@ def learning_rate(
 def learning_rates(samples: int, total: int, config: OptimConfig, batch: int = 0) -> dict[str, float]:
     """Rate of each tower ("image", "text", "head") for the step that starts after `samples` samples.
 
-    A delayed tower's rate is 0 until its delay has passed, then rises over its own warm-up. The factors of the
-    towers are in the parameter groups, not here.
+    A delayed tower's rate is 0 until its delay has passed, then rises over its own warm-up. Factors on
+    whole towers are in the parameter groups, not here.
     """
     rate = learning_rate(
         samples,
