@@ -228,8 +228,8 @@ def _remarks(shards: ShardSet, ranks: int, workers: int) -> list[str]:
         opened = int((last - first + 1).sum()) * max(1, workers)
         remarks.append(
             f"{full} shards for {readers} readers ({ranks} ranks x {max(1, workers)} workers): an epoch "
-            f"opens shards {opened} times, {opened / full:.1f} times each; no sample is read twice, but more and "
-            "smaller shards would spread the load"
+            f"opens shards {opened} times, {opened / full:.1f} times each; no sample is read twice, but more "
+            "and smaller shards would spread the load"
         )
     return remarks
 
