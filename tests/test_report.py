@@ -153,6 +153,17 @@ def test_whole_run_on_one_page_without_network_or_scripts(tmp_path):
     assert not list(run.glob("*.partial")) and not list(run.glob(".*"))
 
 
+def test_results_of_the_suite_are_shown(tmp_path):
+    run = make_run(tmp_path / "run", lines(4))
+    (run / "eval").mkdir()
+    (run / "eval" / "zero-shot.json").write_text(json.dumps({"figures": {"pets": classification(0.876)}}))
+    (run / "eval" / "torn.json").write_text('{"figures": {"pe')
+    (run / "eval" / "other.json").write_text("[1]")
+    _, page = read(run)
+    assert "Suite zero-shot" in page.text and "87.6%" in page.text
+    assert "torn" not in page.text and "Suite other" not in page.text
+
+
 def test_same_run_gives_same_page(tmp_path):
     run = make_run(tmp_path / "run", lines(30))
     first, _ = read(run, one_gallery())

@@ -25,6 +25,7 @@ class History:
     starts: list[dict[str, Any]] = field(default_factory=list)
     ends: list[dict[str, Any]] = field(default_factory=list)
     saves: list[dict[str, Any]] = field(default_factory=list)
+    suites: dict[str, Figures] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
@@ -89,6 +90,11 @@ def read(run: Path) -> History:
         lists[line["event"]].append(line)
     history.train[:] = _by_step(history.train)
     history.evaluations[:] = _by_step(history.evaluations)
+    for suite in sorted(run.glob("eval/*.json")):
+        with suppress(ValueError):
+            results = json.loads(_text(suite))
+            if isinstance(results, dict) and _are_figures(results.get("figures")):
+                history.suites[suite.stem] = results["figures"]
     for line in _lines(run / "bad_samples.jsonl"):
         # what follows the colon differs from sample to sample
         reason = str(line.get("reason", "unknown")).partition(":")[0]

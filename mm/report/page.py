@@ -21,6 +21,7 @@ def render(run: Path, history: History, gallery: str) -> str:
     sections = [
         _head(name, history),
         _results(history),
+        _suites(history),
         _loss(history),
         gallery,
         _metrics(history),
@@ -106,6 +107,15 @@ def _results(history: History) -> str:
     return (
         f'<h2>Results</h2><p class="faint about">{columns}After: {step}. ± is one standard error.{chosen}</p>'
         f'<div class="sets">{tables}</div>'
+    )
+
+
+def _suites(history: History) -> str:
+    """What `eval.suite` measured of this run afterwards."""
+    return "".join(
+        f"<h2>Suite {escape(suite)}</h2>"
+        f'<div class="sets">{"".join(_set_table(name, None, each) for name, each in sets.items())}</div>'
+        for suite, sets in history.suites.items()
     )
 
 
