@@ -326,7 +326,8 @@ def test_figures_are_json_and_configs_load(folder, alone, tmp_path):
 
     path = tmp_path / "c.yaml"
     path.write_text(
-        "sets:\n  a: {kind: classification, data: x, classnames: [b, c]}\n  r: {kind: retrieval, data: [x, y]}\n"
+        "sets:\n  a: {kind: classification, data: x, classnames: [b, c]}\n"
+        "  r: {kind: retrieval, data: [x, y]}\n"
     )
     config = mm_config.load(Sets, path, ["sets.a.templates=t.txt", "sets.r.limit=3"])
     assert config.sets["a"].classnames == ("b", "c") and str(config.sets["a"].templates) == "t.txt"
