@@ -96,7 +96,9 @@ def test_layers_and_gradients_cover_every_parameter(pair):
     output = ours(torch.rand(4, 3, *ours.image.size), *batch(ours.text))
     (output.image @ output.text.T).square().sum().backward()
     for tower in (ours.image, ours.text):
-        assert sorted(sum(tower.layers(), [])) == sorted(name for name, _ in tower.named_parameters())
+        assert sorted(name for layer in tower.layers() for name in layer) == sorted(
+            name for name, _ in tower.named_parameters()
+        )
         assert [name for name, parameter in tower.named_parameters() if parameter.grad is None] == []
 
 

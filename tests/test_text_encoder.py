@@ -124,7 +124,9 @@ def test_layers_hold_every_parameter_once(name):
     encoder = build(**TINY | {"name": name, "pooling": "pooler"})
     layers = encoder.layers()
     assert len(layers) == 3
-    assert sorted(sum(layers, [])) == sorted(name for name, _ in encoder.named_parameters())
+    assert sorted(name for layer in layers for name in layer) == sorted(
+        name for name, _ in encoder.named_parameters()
+    )
     assert all(".embeddings." in name for name in layers[0])
     assert {name.split(".")[3] for name in layers[1]} == {"0"}
     assert any("pooler" in name for name in layers[2])

@@ -48,7 +48,7 @@ class TextConfig(Config):
     """The text tower."""
 
     name: str = "bert"
-    """A transformers encoder (hub name, folder or package:NAME), random bert or roberta, or open_clip:NAME."""
+    """A transformers encoder (hub name, folder or package:NAME), random bert, roberta, or open_clip:NAME."""
     pretrained: bool | str = False
     """True: its published weights, false: random ones; for open_clip the tag."""
     weights: str | None = None
