@@ -73,6 +73,10 @@ class Engine:
         global_batch: int,
         seed: int = 0,
     ) -> None:
+        if not any(group["params"] for group in groups):
+            raise UserError(
+                "all parameters are locked: there is nothing to train; unlock a tower or a projection"
+            )
         distributed.start()
         self.config = config
         self.seed = seed
@@ -83,10 +87,6 @@ class Engine:
         self.device = distributed.device()
         self.accumulation = accumulation(config, global_batch)
         """Micro-batches of a step."""
-        if not any(group["params"] for group in groups):
-            raise UserError(
-                "all parameters are locked: there is nothing to train; unlock a tower or a projection"
-            )
         if config.deterministic:
             _be_deterministic()
         module, self._statistics, notes = share_statistics(
