@@ -32,7 +32,7 @@ class Panel(NamedTuple):
 
 
 def table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
-    """The rows of one set, in the order in which its evaluator gives them."""
+    """The rows of one set in the evaluator's order, but one direction of retrieval after the other."""
     before, after = before or {}, after or {}
     either = {**before, **after}
     return [
@@ -43,7 +43,7 @@ def table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> 
             _show(key, after.get(f"{key}_error"), places=1).removesuffix("%"),
             _show(key, chance(either, key), places=2),
         )
-        for key in either
+        for key in sorted(either, key=lambda key: key.startswith("text_to_image"))
         if _is_result(key) and isinstance(either[key], int | float)
     ]
 
@@ -155,4 +155,5 @@ def _show(key: str, value: Any, places: int = 1) -> str:
     if not _is_share(key):
         return f"{value:.4g}"
     percent = 100 * value
-    return f"{percent:.{places if 0 < percent < 10 else 1}f}%"
+    places = 2 if percent < 1 else places
+    return f"{percent:.{places if percent < 10 else 1}f}%"
