@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mm.config import Config
 from mm.encoders import Features
 from mm.encoders.image import OPEN_CLIP
+from mm.encoders.tokenizer import Tokenizer, hf_tokenizer
 from mm.encoders.tower import Tower, layers_around_blocks
 from mm.encoders.weights import (
     from_hub,
@@ -75,42 +76,6 @@ class TextConfig(Config):
     """Do not train this tower (LiT)."""
     unlock_last: int = 0
     """With lock: how many of its last layers are trained all the same."""
-
-
-class Tokenizer:
-    """Text to token ids, by the Rust tokenizer of a transformers checkpoint. Pickles to workers."""
-
-    def __init__(self, hf: Any, context_length: int) -> None:
-        self.hf = hf
-        self.backend = hf.backend_tokenizer
-        self.backend.no_padding()
-        self.backend.enable_truncation(max_length=context_length)
-        self.context_length = context_length
-        self.pad_id: int = hf.pad_token_id
-        self.left: bool = hf.padding_side == "left"
-
-    def __call__(self, text: str) -> list[int]:
-        """Ids with the special tokens in, at most `context_length`."""
-        ids: list[int] = self.backend.encode(text).ids
-        return ids
-
-    def pad(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids (B, L) int64 and mask (B, L) bool, L the longest of `ids`; on the side the tokenizer pads."""
-        length = max(map(len, ids))
-        padded = torch.full((len(ids), length), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros(len(ids), length, dtype=torch.bool)
-        for row, one in enumerate(ids):
-            place = slice(length - len(one), None) if self.left else slice(len(one))
-            padded[row, place] = torch.tensor(one, dtype=torch.int64)
-            mask[row, place] = True
-        return padded, mask
-
-    def save(self, folder: Path) -> None:
-        """Write the files that `transformers` opens."""
-        self.hf.save_pretrained(folder)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "hf": None}  # workers need the Rust part alone
 
 
 class TextEncoder(Tower):
@@ -185,7 +150,7 @@ def text_encoder(spec: dict[str, Any], tokenizer_folder: Path) -> TextEncoder:
         from mm.encoders.open_clip import OpenClipTextEncoder, load_tokenizer
 
         return OpenClipTextEncoder(spec, load_tokenizer(spec, tokenizer_folder))
-    return BertEncoder(spec, Tokenizer(_hf_tokenizer(str(tokenizer_folder)), spec["context_length"]))
+    return BertEncoder(spec, Tokenizer(hf_tokenizer(str(tokenizer_folder)), spec["context_length"]))
 
 
 def _build_bert(config: TextConfig) -> BertEncoder:
@@ -211,11 +176,11 @@ def _build_bert(config: TextConfig) -> BertEncoder:
     source = model_folder(config.name)
     hf_config = None if config.name in PRESETS else _hf_config(config.name, source)
     with from_hub(f"the tokenizer {config.tokenizer or config.name!r}"):
-        hf_tokenizer = _hf_tokenizer(model_folder(config.tokenizer or config.name))
-    hf_config = _shaped(hf_config or _preset(config.name, hf_tokenizer), config)
-    if len(hf_tokenizer) > hf_config.vocab_size:
+        words = hf_tokenizer(model_folder(config.tokenizer or config.name))
+    hf_config = _shaped(hf_config or _preset(config.name, words), config)
+    if len(words) > hf_config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(hf_tokenizer)} words, {config.name} only {hf_config.vocab_size}; "
+            f"the tokenizer has {len(words)} words, {config.name} only {hf_config.vocab_size}; "
             "choose the one it was trained with"
         )
     pooling = _trained_pooling(config.name, source) if config.pooling == "auto" else config.pooling
@@ -234,7 +199,7 @@ def _build_bert(config: TextConfig) -> BertEncoder:
     else:
         trunk = _random(spec)
     spec["context_length"] = _context_length(config, trunk)
-    encoder = BertEncoder(spec, Tokenizer(hf_tokenizer, spec["context_length"]), trunk)
+    encoder = BertEncoder(spec, Tokenizer(words, spec["context_length"]), trunk)
     if config.weights:
         path = weights_file(config.weights)
         state = tower_of_model(read_weights(path), "text.trunk.")
@@ -244,15 +209,6 @@ def _build_bert(config: TextConfig) -> BertEncoder:
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         load_strictly(trunk, state, path, ignore=("pooler.", "cls.", "embeddings.position_ids"))
     return encoder
-
-
-def _hf_tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if getattr(tokenizer, "backend_tokenizer", None) is None or tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer {source!r} has no fast form or no padding token; choose another")
-    return tokenizer
 
 
 def _preset(name: str, tokenizer: Any) -> Any:
