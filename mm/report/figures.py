@@ -40,7 +40,7 @@ def table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> 
             label(key),
             _show(key, before.get(key)),
             _show(key, after.get(key)),
-            _show(key, after.get(f"{key}_error"), places=1).removesuffix("%"),
+            _show_error(after.get(key), after.get(f"{key}_error")),
             _show(key, chance(either, key), places=2),
         )
         for key in sorted(either, key=lambda key: key.startswith("text_to_image"))
@@ -157,3 +157,10 @@ def _show(key: str, value: Any, places: int = 1) -> str:
     percent = 100 * value
     places = 2 if percent < 1 else places
     return f"{percent:.{places if percent < 10 else 1}f}%"
+
+
+def _show_error(value: Any, error: Any) -> str:
+    """A standard error to as many places as the share it belongs to."""
+    if not isinstance(error, int | float) or not isinstance(value, int | float):
+        return ""
+    return f"{100 * error:.{2 if value < 0.01 else 1}f}"
