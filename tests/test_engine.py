@@ -1,4 +1,4 @@
-"""The engine against the plainest torch loop, for all ZeRO stages, 1 and 2 ranks, with and without accumulation."""
+"""The engine against the plainest torch loop: all ZeRO stages, 1 and 2 ranks, with and without micro-batches."""
 
 import itertools
 import math
@@ -51,9 +51,7 @@ def micro_batches(step: int, count: int) -> list[dict[str, Tensor]]:
 def engine_of(module: nn.Module, **keys: Any) -> Engine:
     groups = parameter_groups(module.named_parameters(), LAYERS, OPTIM)
     config = EngineConfig(**{"persist_below": 0, **keys})
-    return Engine(
-        module, groups, config, betas=OPTIM.betas, eps=OPTIM.eps, global_batch=GLOBAL_BATCH, seed=7
-    )
+    return Engine(module, groups, config, betas=OPTIM.betas, eps=OPTIM.eps, global_batch=GLOBAL_BATCH, seed=7)
 
 
 def rate(step: int) -> float:

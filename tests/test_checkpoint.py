@@ -1,0 +1,260 @@
+"""Exact continuation, other ranks and stages, faults at every file operation of a save."""
+
+import builtins
+import errno
+import itertools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mm import checkpoint, distributed
+from mm.checkpoint import TrainState
+from mm.engine import Engine
+from mm.errors import UserError
+from tests.dist import run_ranks
+from tests.test_engine import Regression, engine_of, micro_batches, rate
+
+HALF, END = 3, 6
+Weights = dict[str, Tensor]
+
+
+def start(stage: int, seed: int = 0) -> Engine:
+    module = Regression(seed)
+    module.register_buffer("seen", torch.tensor([seed], dtype=torch.int64))
+    return engine_of(module, zero_stage=stage, ema_decay=0.9, grad_clip=0.7)
+
+
+def train(engine: Engine, until: int) -> None:
+    while engine.steps < until:
+        engine.step(micro_batches(engine.steps, 1), rate(engine.steps))
+
+
+def everything(engine: Engine) -> Weights:
+    return {f"{kind}/{name}": value.clone() for kind, name, value in engine.full_state()}
+
+
+def save(run: Path, engine: Engine) -> Path:
+    state = TrainState(
+        engine.steps, 8 * engine.steps, {"N": 100}, {"step": 1, "value": 0.1}, {"lr": 3e-4}, {"m": 5}
+    )
+    return checkpoint.save(run, state, engine)
+
+
+def record(folder: Path) -> None:
+    """For each stage: go on without a break, saving half-way; then the same with a break. Bit for bit."""
+    ranks = distributed.world_size()
+    for stage in range(4):
+        run = folder / f"stage{stage}-ranks{ranks}"
+        engine = start(stage)
+        train(engine, HALF)
+        save(run, engine)
+        at_half = everything(engine)
+        train(engine, END)
+        expected = everything(engine)
+        engine.close()
+        assert set(engine.optimizer_steps().values()) == {END}
+
+        engine = start(stage, seed=5)  # other weights, to see that all are replaced
+        path = checkpoint.latest(run)
+        assert path == checkpoint.folder(run, HALF)
+        state = checkpoint.load(path, engine)
+        assert (state.step, state.samples, state.stream, state.logs) == (3, 24, {"N": 100}, {"m": 5})
+        for name, value in everything(engine).items():
+            assert torch.equal(value, at_half[name]), (stage, name)
+        train(engine, END)
+        for name, value in everything(engine).items():
+            assert torch.equal(value, expected[name]), (stage, name)
+        save(run, engine)
+        engine.close()
+
+
+def go_on(folder: Path, others: int) -> None:
+    """Go on from what `others` ranks saved, into another stage."""
+    for saved, stage in ((0, 3), (3, 0), (2, 1), (1, 2)):
+        run = folder / f"stage{saved}-ranks{others}"
+        engine = start(stage, seed=5)
+        checkpoint.load(checkpoint.folder(run, HALF), engine)
+        at_half = everything(engine)
+        for file in checkpoint.folder(run, HALF).glob("*.safetensors"):
+            for key, value in load_file(file).items():
+                weights = "buffer" if key == "seen" else "weight"
+                kind = {"weights": weights, "ema": "ema"}.get(file.name.split("-")[0])
+                assert torch.equal(at_half[f"{kind}/{key}" if kind else key], value), (saved, stage, key)
+        train(engine, END)
+        found = everything(engine)
+        engine.close()
+        final = checkpoint.read_weights(checkpoint.folder(run, END), ema=False)
+        for name, value in final.items():
+            kind = "buffer" if name == "seen" else "weight"
+            assert torch.allclose(found[f"{kind}/{name}"], value, atol=1e-6, rtol=1e-6), (saved, stage, name)
+
+
+def test_continuation_is_exact_and_fits_other_ranks_and_stages(tmp_path: Path) -> None:
+    run_ranks(record, 1, tmp_path)
+    run_ranks(record, 2, tmp_path)
+    files = sorted(p.name for p in checkpoint.folder(tmp_path / "stage1-ranks2", HALF).iterdir())
+    kinds = ("ema", "moments", "weights")
+    assert files == sorted([f"{k}-{r}-of-2.safetensors" for k in kinds for r in (0, 1)] + ["state.json"])
+    run_ranks(go_on, 1, tmp_path, 2)
+    run_ranks(go_on, 2, tmp_path, 1)
+
+
+class Faulty:
+    """Fails at the n-th file operation, as a full disk would: opens, writes, fsyncs and renames count."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.count = at, 0
+        self.real = {"open": builtins.open, "fsync": os.fsync, "rename": os.rename, "mkdir": os.mkdir}
+
+    def tick(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def call(self, name: str) -> Any:
+        def called(*args: Any, **keys: Any) -> Any:
+            self.tick()
+            return self.real[name](*args, **keys)
+
+        return called
+
+    def open(self, path: Any, mode: str = "r", *args: Any, **keys: Any) -> Any:
+        file = self.real["open"](path, mode, *args, **keys)
+        if "w" not in mode:
+            return file
+        write = file.write
+
+        class Wrapped:
+            def __enter__(wrapped) -> Any:
+                return wrapped
+
+            def __exit__(wrapped, *_: Any) -> None:
+                file.close()
+
+            def __getattr__(wrapped, name: str) -> Any:
+                return getattr(file, name)
+
+            def write(wrapped, data: Any) -> int:
+                self.tick()
+                return write(data)
+
+        try:
+            self.tick()
+        except OSError:
+            file.close()
+            raise
+        return Wrapped()
+
+    def __enter__(self) -> "Faulty":
+        builtins.open = self.open  # type: ignore[assignment]
+        os.fsync, os.rename, os.mkdir = self.call("fsync"), self.call("rename"), self.call("mkdir")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        builtins.open = self.real["open"]  # type: ignore[assignment]
+        os.fsync, os.rename, os.mkdir = self.real["fsync"], self.real["rename"], self.real["mkdir"]
+
+
+def faults(folder: Path, rank: int) -> tuple[int, list[str]]:
+    """A fault of this rank at every file operation of a save in turn: all ranks say the same, the old one stays."""
+    run = folder / f"faults{rank}"
+    engine = start(1)
+    train(engine, 1)
+    good = save(run, engine)
+    train(engine, 2)
+    messages = []
+    for at in itertools.count(1):
+        faulty = Faulty(at if distributed.rank() == rank else 0)
+        message = None
+        try:
+            with faulty:
+                path = save(run, engine)
+        except UserError as error:
+            message = str(error)
+        newest = checkpoint.latest(run)
+        assert newest is not None
+        state = checkpoint.load(newest, engine)
+        assert state.step == (1 if newest == good else 2)
+        hidden = list((run / "checkpoints").glob(".*"))
+        distributed.barrier()
+        assert not hidden, hidden
+        if message is None:
+            assert newest == path
+            return at, messages
+        messages.append(message)
+        if newest != good:  # the fault came after the rename, so this one is complete
+            distributed.barrier()
+            if distributed.is_main():
+                shutil.rmtree(newest)
+            distributed.barrier()
+        engine.steps = 2
+    raise AssertionError
+
+
+def both_faults(folder: Path) -> list[tuple[int, list[str]]]:
+    return [faults(folder, rank) for rank in (0, 1)]
+
+
+def test_a_fault_at_every_file_operation(tmp_path: Path) -> None:
+    first, second = run_ranks(both_faults, 2, tmp_path)
+    assert first == second, "the ranks disagree"
+    (main, messages), (other, _) = first
+    assert main > other > 10
+    for message in messages:
+        assert "the disk is full" in message and "step_00000002" in message and "bytes needed" in message
+
+
+def damages(folder: Path) -> list[str]:
+    engine = start(0)
+    warned: list[str] = []
+    assert checkpoint.latest(folder / "empty") is None
+    run = folder / "run"
+    for step in range(1, 6):
+        train(engine, step)
+        save(run, engine)
+    checkpoint.prune(run, keep_last=3, keep=[1])
+    assert sorted(p.name[-1] for p in (run / "checkpoints").iterdir()) == ["1", "3", "4", "5"]
+
+    flipped = next(checkpoint.folder(run, 5).glob("moments*"))
+    content = bytearray(flipped.read_bytes())
+    content[-7] ^= 1
+    flipped.write_bytes(content)
+    state = checkpoint.folder(run, 4) / "state.json"
+    state.write_text(state.read_text().replace('"samples": 32', '"samples": 33'))
+    shorter = next(checkpoint.folder(run, 3).glob("ema*"))
+    shorter.write_bytes(shorter.read_bytes()[:-1])
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(checkpoint.folder(run, 5), engine)
+    path = checkpoint.latest(run, warned.append)
+    assert path == checkpoint.folder(run, 1)
+    assert checkpoint.load(path, engine).samples == 8
+
+    save(run, engine)  # the same step again takes the place of the old one
+    assert checkpoint.latest(run, lambda _: None) == path
+    (path / "state.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint .* is good"):
+        checkpoint.latest(run, lambda _: None)
+
+    train(engine, 2)
+    path = save(folder / "other", engine)
+    module = Regression()
+    module.more = torch.nn.Linear(2, 2)
+    del module.scale
+    module.scale = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(UserError, match="of this model") as caught:
+        checkpoint.load(path, engine_of(module))
+    for part in ("lacks", "more.weight", "also has", "ema/scale", "seen", "scale is [1], the model's is [2]"):
+        assert part in str(caught.value), part
+    return warned
+
+
+def test_damage_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    [warned] = run_ranks(damages, 1, tmp_path)
+    assert len(warned) == 3
+    assert "moments" in warned[0] and "state.json" in warned[1] and "bytes" in warned[2]
