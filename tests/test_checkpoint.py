@@ -162,7 +162,7 @@ class Faulty:
 
 
 def faults(folder: Path, rank: int) -> tuple[int, list[str]]:
-    """A fault of this rank at every file operation of a save in turn: all ranks say the same, the old one stays."""
+    """A fault of this rank at every file operation of a save: all ranks say the same, the old one stays."""
     run = folder / f"faults{rank}"
     engine = start(1)
     train(engine, 1)

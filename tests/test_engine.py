@@ -1,4 +1,4 @@
-"""The engine against the plainest torch loop: all ZeRO stages, 1 and 2 ranks, with and without micro-batches."""
+"""The engine against the plainest torch loop: all ZeRO stages, 1 and 2 ranks, accumulating or not."""
 
 import itertools
 import math
