@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,7 @@ def test_schedule_rises_then_falls_between_its_ends(schedule: str, warmup: int) 
     assert rates[:rise] == pytest.approx([2.0 * (i + 1) / rise for i in range(rise)])
     assert rates[rise] == pytest.approx(2.0)
     falling = rates[rise:]
-    assert all(a >= b for a, b in zip(falling, falling[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(falling))
     assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2)
 
 
