@@ -29,7 +29,7 @@ def read(out: Path) -> dict[str, Sample]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """img2dataset's `files` format: seven usable pairs, two files that are no images, two without captions."""
+    """img2dataset's `files` format: seven usable pairs, two broken images, two without captions."""
     folder = tmp_path / "photos"
     for i in range(7):
         place = folder / f"{i % 2:05d}" / f"{i:09d}"

