@@ -284,7 +284,7 @@ def draw(artist: str, art: Art, concepts: Sequence[Concept], size: int) -> dict[
 
 
 def png(drawing: Path | str, size: int) -> bytes:
-    """An SVG (a file, or its text) as a PNG whose longer side has `size` pixels; what is clear stays clear."""
+    """An SVG (a file, or its text) as a PNG whose longer side has `size` pixels, clear where it is."""
     import resvg_py
 
     text = drawing.read_text(encoding="utf-8") if isinstance(drawing, Path) else drawing
