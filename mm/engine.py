@@ -150,11 +150,13 @@ class Engine:
     @contextmanager
     def evaluating(self, ema: bool = True) -> Iterator[nn.Module]:
         """The module in evaluation mode, without gradients, with the averaged weights where they are kept
-        (and `ema`); after it all is as before. Collective: under ZeRO 3 all ranks call it equally often."""
+        (and `ema`), in the precision of training; after it all is as before. Collective: under ZeRO 3 all ranks call
+        it equally often."""
         modes = {module: module.training for module in self.module.modules()}
         self.module.eval()
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
         try:
-            with torch.no_grad(), self.ema_weights(ema):
+            with torch.no_grad(), bf16, self.ema_weights(ema):
                 yield self.module
         finally:
             for module, training in modes.items():

@@ -1,12 +1,12 @@
 """The run folder: opened new or to go on, never mixed up with another run."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mm import distributed
-from mm.config import Config, differences, dump, load
+from mm.config import Config, differences, dump, load, plain
+from mm.data.shards import write_atomically
 from mm.errors import UserError
 
 CONFIG = "config.yaml"
@@ -54,20 +54,20 @@ def _claim(out: Path, config: Config) -> str:
         if out.exists() and any(out.iterdir()):
             return f"out={out} exists, is not empty and is no run of mm ({CONFIG} is missing); name another folder"
         out.mkdir(parents=True, exist_ok=True)
-        write_text(path, dump(config))
+        write_atomically(path, dump(config).encode())
         return ""
     try:
         before = load(type(config), path)
     except UserError as error:
         return f"the run in {out} has a config this version cannot read; name another out=\n{error}"
-    changes = changed(before.model_dump(mode="json"), config.model_dump(mode="json"))
+    changes = changed(plain(before), plain(config))
     if changes:
         listed = "\n".join(f"  {change}" for change in changes)
         return (
             f"{out} holds a run with another config; it goes on only with the same one:\n{listed}\n"
             f"Set these back, or start a new run with another out="
         )
-    write_text(path, dump(config))
+    write_atomically(path, dump(config).encode())
     return ""
 
 
@@ -84,11 +84,9 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def check_same_stream(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError where the data of a run is not what it was when the run was saved."""
+    changes = differences(before, now) if before else []
+    if changes:
+        listed = "\n".join(f"  {change}" for change in changes)
+        raise UserError(f"the training data has changed since this run was saved, so it cannot go on:\n{listed}")

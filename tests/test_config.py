@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from mm.config import Config, differences, dump, load, parse
-from mm.config_types import plain
+from mm.config.types import plain
 from mm.errors import UserError
 
 

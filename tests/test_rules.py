@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mm.config import Config, load
-from mm.config_types import inside, sections
+from mm.config.types import inside, sections
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(file for top in ("mm", "train", "eval") for file in (ROOT / top).rglob("*.py"))
@@ -188,7 +188,7 @@ def test_forbidden_imports_are_found(module: str, source: str) -> None:
     [
         ("train.loop", "from mm.engine import Engine\nimport mm"),
         ("mm.engine", "import deepspeed\nfrom mm.zero import hooks"),
-        ("mm.config", "import yaml\nfrom mm import config_help\nfrom mm.config_types import inside"),
+        ("mm.config", "import yaml\nfrom mm.config import help as help_page\nfrom mm.config.types import inside"),
         (
             "mm.encoders.image",
             "import timm\nfrom mm.config import Config\nfrom mm import distributed\nimport math",

@@ -60,7 +60,7 @@ class PairPreparation:
     def __call__(self, sample: Sample, rng: random.Random) -> Item:
         """Raises BadSample where the image or the caption cannot be used."""
         texts = decode.captions(sample)
-        data = decode.image_bytes(sample)
+        data = decode.image_member(sample)
         caption = texts[0] if self.captions == "first" else rng.choice(texts)
         template = rng.choice(self.templates)
         image = self.transform(decode.image(data), rng)

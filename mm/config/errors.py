@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from mm.config_types import all_keys, inside, plain, sections, tag_name, tags
+from mm.config.types import all_keys, inside, plain, sections, tag_name, tags
 
 _EXPECTED = {
     "float_type": "a number",

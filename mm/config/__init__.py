@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mm import config_help
-from mm.config_errors import explain, show
-from mm.config_types import inside, narrow, plain, sections, tag_name, tags
+from mm.config import help as help_page
+from mm.config.errors import explain, show
+from mm.config.types import inside, narrow, plain, sections, tag_name, tags
 from mm.errors import UserError
 
 
@@ -38,7 +38,7 @@ def parse(cls: type[C], argv: Sequence[str], prog: str) -> C:
     path, overrides, wants_help = _split(argv, prog)
     if wants_help:
         values = load(cls, path, overrides) if path else None
-        print(config_help.text(cls, prog, values, str(path)))
+        print(help_page.text(cls, prog, values, str(path)))
         raise SystemExit(0)
     return load(cls, path, overrides)
 

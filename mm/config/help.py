@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mm.config_errors import show
-from mm.config_types import alternatives, inside, sections, tag_name, tags
+from mm.config.errors import show
+from mm.config.types import alternatives, inside, sections, tag_name, tags
 
 _NAMES = {float: "number", int: "whole number", bool: "true | false", str: "text", Path: "path"}
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >=", "max_length": "length <="}
