@@ -25,7 +25,7 @@ TOWERS = {
     "vision_cfg": {"image_size": SIZE, "layers": 6, "width": 192, "head_width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 6},
 }
-LR, WEIGHT_DECAY, BETAS, EPS, GRAD_CLIP, WARMUP_STEPS = 5e-4, 0.2, (0.9, 0.98), 1e-6, 1.0, 10
+LR, WEIGHT_DECAY, BETAS, EPS, GRAD_CLIP = 5e-4, 0.2, (0.9, 0.98), 1e-6, 1.0
 WHOLE_IMAGE: dict[str, Any] = {"scale": (1.0, 1.0)}  # no other shape than a square has this area
 
 
@@ -34,6 +34,8 @@ class ParityConfig(Config):
 
     steps: int = 50
     """Optimizer steps."""
+    warmup_steps: int = 10
+    """Those of them in which the learning rate rises."""
     batch: int = 32
     """Pairs a step."""
     seed: int = 0
@@ -76,7 +78,7 @@ def measure(config: ParityConfig) -> list[Row]:
 def our_settings(config: ParityConfig, folder: Path, towers: Path, weights: Path) -> dict[str, Any]:
     """The config of train.pretrain."""
     tower = {"name": f"open_clip:{towers}", "weights": str(weights)}
-    warmup = WARMUP_STEPS * config.batch
+    warmup = config.warmup_steps * config.batch
     return {
         "out": str(folder / "ours"),
         "samples": config.steps * config.batch,
@@ -111,7 +113,7 @@ def their_arguments(config: ParityConfig, folder: Path, weights: Path) -> list[s
         "beta1": BETAS[0],
         "beta2": BETAS[1],
         "eps": EPS,
-        "warmup": WARMUP_STEPS,
+        "warmup": config.warmup_steps,
         "grad-clip-norm": GRAD_CLIP,
         "logs": folder / "theirs",
         "name": "run",

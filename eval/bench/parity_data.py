@@ -1,4 +1,4 @@
-"""What both trainers of `open_clip_parity` start from: weights, shards, the order in which ours visits them."""
+"""What both trainers of `open_clip_parity` start from: weights, shards, the order of our stream."""
 
 import io
 import random
@@ -28,7 +28,7 @@ def initial_weights(towers: Path, seed: int) -> Path:
 
 
 def write_shards(source: Path, folder: Path, size: int) -> None:
-    """The pairs of `source` as PNGs of exactly `size` pixels, which resizing leaves alone; one caption each."""
+    """The pairs of `source` as PNGs of exactly `size` pixels, which resizing leaves alone."""
     squash = EvalTransform(size, "squash")
     with ShardWriter(folder, max_samples=200) as writer:
         for i, sample in enumerate(ShardSet(str(source))):

@@ -1,8 +1,8 @@
 """open_clip's trainer as a peer: its environment, and the real program with its losses written down.
 
-`python -m eval.bench.peer RECORD.json MODEL.json ARGUMENTS...` runs `open_clip_train.main` with those arguments
-on the model that MODEL.json describes, its shuffling off; RECORD.json gets the exact loss and the time of
-every step.
+`python -m eval.bench.peer RECORD.json MODEL.json ARGUMENTS...` runs `open_clip_train.main` with those
+arguments on the model that MODEL.json describes, its shuffling off; RECORD.json gets the exact loss and the
+time of every step.
 """
 
 import itertools

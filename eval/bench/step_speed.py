@@ -1,9 +1,9 @@
 """Time of a training step against open_clip's trainer: same towers, weights, batch and arithmetic, in turns.
 
 `python -m eval.bench.step_speed [turns=7 ...]`. Ours is the real engine and task, on texts as long as the
-longest of the batch; theirs is `open_clip_train.train.train_one_epoch`, on texts padded to 77 tokens. In fp32, on
-ready batches. The captions (captions.txt) are as long as those of CC3M: 10.8 words on average with a deviation
-of 4.4 (Sharma et al. 2018: 10.3 and 4.5).
+longest of the batch; theirs is `open_clip_train.train.train_one_epoch`, on texts padded to 77 tokens. Both in
+fp32 on ready batches. The captions (captions.txt) are as long as those of CC3M: 10.8 words on average,
+deviation 4.4 (Sharma et al. 2018: 10.3 and 4.5).
 """
 
 import gc

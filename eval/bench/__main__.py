@@ -1,0 +1,31 @@
+"""The whole table of what is measured against the bars: `python -m eval.bench`. Each script also runs alone.
+
+A row that is not met stays in the table with its figure; the exit status says that all was measured.
+"""
+
+import datetime
+import os
+
+import torch
+
+from eval.bench import open_clip_parity, overhead, step_speed
+from eval.bench.measure import table
+from mm import program
+from mm.errors import UserError
+
+
+def main(argv: list[str]) -> None:
+    if argv in (["--help"], ["-h"]):
+        print(__doc__)
+        return
+    if argv:
+        raise UserError(f"eval.bench takes no arguments, not {argv[0]!r}; its scripts do, see eval/bench/")
+    rows = open_clip_parity.measure(open_clip_parity.ParityConfig())
+    rows += overhead.measure(overhead.OverheadConfig())
+    rows += step_speed.measure(step_speed.StepConfig())
+    print(f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    program.run(main)
