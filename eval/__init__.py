@@ -1,5 +1,5 @@
-"""The programs that evaluate. Loading this package makes the libraries quiet before they are imported."""
+"""The programs that evaluate. Loading this package sets the libraries up before they are imported."""
 
-from mm.program import quiet
+from mm.program import prepare_libraries
 
-quiet()
+prepare_libraries()

@@ -25,7 +25,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
     Exit status: 0 done, 1 failed, 2 the user's mistake (UserError: its message alone, once), 130 Ctrl-C.
     """
-    quiet()
+    prepare_libraries()
     end(status_of(main, sys.argv[1:]))
 
 
@@ -83,8 +83,11 @@ def end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def quiet() -> None:
-    """Silence what libraries say and a user can do nothing about. To be called before they are imported."""
+def prepare_libraries() -> None:
+    """Set up libraries before they are imported: silent where a user can do nothing, sharing the cores."""
+    # threads that wait in a loop take the cores from those that work: on a shared machine a step took 3 to 8 times
+    # as long; OpenMP reads this when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning for each forked worker
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -19,9 +19,9 @@ os.environ |= {
 
 install_import_hook(["mm.losses", "mm.metrics"], "beartype.beartype")
 
-from mm.program import quiet  # noqa: E402 (after the import hook)
+from mm.program import prepare_libraries  # noqa: E402 (after the import hook)
 
-quiet()
+prepare_libraries()
 
 # the same cases in every run, and no verdict on how fast a shared machine is
 hypothesis.settings.register_profile(
