@@ -104,16 +104,17 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups {params, names, tower, lr_scale, weight_decay}, one for each (tower, scale, decay).
 
-    `layers` gives a name's (tower, depth, depths), depth 1 at the input and `depths` at the output; names it
-    lacks are "head", with no layer decay. Locked parameters (requires_grad False) are left out.
+    `layers` gives a name's (tower, depth, depths), depth 0 at the input and `depths - 1` at the output, which
+    has the whole rate; names it lacks are "head", with no layer decay. Locked parameters (requires_grad
+    False) are left out.
     """
     factors = {"image": config.image_lr, "text": config.text_lr, "head": config.head_lr}
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        tower, depth, depths = layers.get(name, ("head", 0, 0))
-        scale = factors.get(tower, 1.0) * config.layer_decay ** (depths - depth)
+        tower, depth, depths = layers.get(name, ("head", 0, 1))
+        scale = factors.get(tower, 1.0) * config.layer_decay ** (depths - 1 - depth)
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault(
             (tower, scale, decay),

@@ -16,7 +16,7 @@ from tests.dist import run_ranks
 
 GLOBAL_BATCH, STEPS = 8, 6
 OPTIM = OptimConfig(weight_decay=0.3, layer_decay=0.5, image_lr=0.5)
-LAYERS = {f"tower.{i}.{kind}": ("image", i + 1, 3) for i in range(3) for kind in ("weight", "bias")}
+LAYERS = {f"tower.{i}.{kind}": ("image", i, 3) for i in range(3) for kind in ("weight", "bias")}
 
 
 class Regression(nn.Module):

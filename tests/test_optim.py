@@ -57,8 +57,8 @@ def test_groups_by_layer_tower_and_decay() -> None:
     )
     module.scale = nn.Parameter(torch.ones(1))
     module["text"].bias.requires_grad_(False)
-    layers = {f"image.{i}.{kind}": ("image", i + 1, 3) for i in range(3) for kind in ("weight", "bias")}
-    layers |= {"text.weight": ("text", 1, 1)}
+    layers = {f"image.{i}.{kind}": ("image", i, 3) for i in range(3) for kind in ("weight", "bias")}
+    layers |= {"text.weight": ("text", 0, 1)}
     config = OptimConfig(weight_decay=0.3, layer_decay=0.5, image_lr=0.1)
     groups = parameter_groups(module.named_parameters(), layers, config)
 

@@ -10,6 +10,7 @@ from mm.encoders.image import ImageConfig
 from mm.encoders.text import TextConfig
 from mm.errors import UserError
 from mm.models.two_tower import TwoTowerConfig, build_two_tower, clamp
+from mm.optim import OptimConfig, parameter_groups
 
 TINY = {
     "image": {"name": "vit_tiny_patch16_224", "size": 32, "kwargs": {"depth": 1}},
@@ -172,3 +173,13 @@ def test_defaults_can_be_written_down():
     config = TwoTowerConfig()
     assert (config.image, config.text) == (ImageConfig(), TextConfig())
     assert build(dim=None).dim == 512
+
+
+def test_layer_decay_leaves_the_last_layers_and_the_head_at_the_whole_rate():
+    model = build()
+    config = OptimConfig(layer_decay=0.5)
+    groups = parameter_groups(model.named_parameters(), model.parameter_layers(), config)
+    scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert scales["log_scale"] == scales["image_projection.weight"] == 1.0
+    assert scales["text.trunk.encoder.layer.0.output.dense.weight"] == 1.0
+    assert scales["image.trunk.patch_embed.proj.weight"] == 0.5
