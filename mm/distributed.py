@@ -85,7 +85,7 @@ def device() -> torch.device:
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
-        mean(torch.zeros(1, device=device()))
+        mean(torch.zeros(1, device=device())).item()  # a GPU's collective alone does not wait
 
 
 def all_gather(x: Tensor) -> Tensor:
