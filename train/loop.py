@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
 from mm import checkpoint, distributed
 from mm.checkpoint import TrainState
 from mm.config import Config
@@ -20,14 +22,14 @@ Figures = dict[str, dict[str, float]]
 
 
 class CheckpointConfig(Config):
-    every: int | None = None
+    every: int | None = Field(default=None, gt=0)
     """Samples between checkpoints; null: a tenth of the run."""
-    keep: int = 3
+    keep: int = Field(default=3, ge=1)
     """How many of the newest checkpoints are kept, besides that of the best metric."""
 
 
 class EvaluationConfig(Config):
-    every: int | None = None
+    every: int | None = Field(default=None, gt=0)
     """Samples between evaluations; null: only at the end."""
     at_start: bool = False
     """Evaluate before the first step too, to have something to compare with."""
@@ -113,14 +115,17 @@ class Loop:
         last = step == schedule.steps
         if step % schedule.log_every == 0 or last:
             self._log_step(rates, result)
-        better = False
-        if last or (schedule.evaluate_every and step % schedule.evaluate_every == 0):
-            better = self._evaluate()
-        if better or last or step % schedule.save_every == 0:
-            self._save(result)
-        if better or (last and not self.best):
+        evaluated = last or bool(schedule.evaluate_every and step % schedule.evaluate_every == 0)
+        better = evaluated and self._evaluate()
+        saved = last or better or step % schedule.save_every == 0
+        if saved:
+            self._check_finite(float(result.loss))
+        # before the checkpoint: a kill between the two repeats this step and writes the model again
+        if better or (last and not self.state.best):
             self.write_model(self.state)
-        if last or better or step % schedule.save_every == 0:
+        if saved:
+            self._save()
+        if evaluated or saved:
             self._restart_clock()
 
     def _log_step(self, rates: Mapping[str, float], result: StepResult) -> None:
@@ -178,13 +183,14 @@ class Loop:
         value = figure(self.figures, self.best)
         name, before = self.best, self.state.best.get("value")
         lower_is_better = name.rpartition("/")[2].endswith("loss")
+        if not math.isfinite(value):
+            return False
         if before is not None and (value >= before if lower_is_better else value <= before):
             return False
         self.state.best = {"name": name, "value": value, "step": self.state.step}
         return True
 
-    def _save(self, result: StepResult) -> None:
-        self._check_finite(float(result.loss))
+    def _save(self) -> None:
         self._write_ledger()
         started = time.perf_counter()
         checkpoint.save(self.run, self.state, self.engine)

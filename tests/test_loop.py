@@ -1,0 +1,98 @@
+"""The loop's order of things: what it keeps, what it measures, and what a kill between two of them leaves."""
+
+import json
+import math
+import time
+
+import pytest
+
+from mm.checkpoint import TrainState
+from mm.data.stream import StreamBatch
+from mm.errors import UserError
+from mm.log import Log
+from tests.test_engine import GLOBAL_BATCH, Regression, engine_of, micro_batches
+from train.loop import Loop, Schedule
+
+STEPS = 6
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL."""
+
+
+def loop_of(run, values, *, write_model, best="val/accuracy", seconds=0.0, state=None):
+    """A loop over a tiny model that evaluates after each step, with these values of the best metric."""
+    engine = engine_of(Regression())
+    batches = [StreamBatch(micro_batches(i, 1), (i + 1) * GLOBAL_BATCH, []) for i in range(STEPS)]
+    state = state or TrainState(step=0, samples=0)
+    schedule = Schedule(STEPS, STEPS * GLOBAL_BATCH, save_every=4, evaluate_every=1, log_every=1)
+    log = Log(run, every=1, tensorboard=False)
+
+    def evaluate():
+        time.sleep(seconds)
+        name, _, figure = (best or "val/accuracy").partition("/")
+        return {name: {figure: values[state.step - 1]}}
+
+    rates = lambda samples: {"image": 1e-3, "text": 1e-3, "head": 1e-3}  # noqa: E731
+    loop = Loop(
+        run, engine, batches, state, schedule, log, rates=rates, evaluate=evaluate, write_model=write_model,
+        best=best, keep=1,
+    )  # fmt: skip
+    return loop, state
+
+
+def written(tmp_path, values, best="val/accuracy"):
+    steps = []
+    loop, state = loop_of(tmp_path, values, best=best, write_model=lambda state: steps.append(state.step))
+    loop()
+    return steps, state
+
+
+def test_the_model_follows_the_best_metric_and_its_checkpoint_stays(tmp_path):
+    steps, state = written(tmp_path, [0.1, 0.3, 0.2, 0.3, 0.1, 0.2])
+    assert steps == [1, 2] and (state.best["step"], state.best["value"]) == (2, 0.3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
+
+
+def test_of_a_loss_less_is_better(tmp_path):
+    assert written(tmp_path, [3.0, 4.0, 2.0, 2.0, 5.0, 1.0], best="val/val_loss")[0] == [1, 3, 6]
+
+
+def test_a_metric_that_is_no_number_is_not_the_best_one(tmp_path):
+    assert written(tmp_path, [math.nan, 0.2, math.nan, 0.3, math.nan, 0.1])[0] == [2, 4]
+
+
+def test_without_a_best_metric_the_last_weights_are_written(tmp_path):
+    assert written(tmp_path, [0.3] * STEPS, best=None)[0] == [STEPS]
+    assert written(tmp_path / "never", [math.nan] * STEPS)[0] == [STEPS]
+
+
+@pytest.mark.parametrize(("best", "step"), [("val/accuracy", 2), (None, STEPS)])
+def test_no_checkpoint_is_ahead_of_the_model_it_promises(tmp_path, best, step):
+    """A run killed while it writes its model comes to that step again."""
+
+    def killed(state):
+        if state.step == step:
+            raise Killed
+
+    loop, _ = loop_of(tmp_path, [0.1, 0.3, 0.2, 0.2, 0.2, 0.2], best=best, write_model=killed)
+    with pytest.raises(Killed):
+        loop()
+    steps = [int(p.name.removeprefix("step_")) for p in (tmp_path / "checkpoints").iterdir()]
+    assert max(steps) < step
+
+
+def test_the_rate_does_not_count_the_time_of_evaluations(tmp_path):
+    loop, _ = loop_of(tmp_path, [0.5] * STEPS, write_model=lambda state: None, seconds=0.3)
+    loop()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["samples_per_s"] for line in lines if line["event"] == "train"]
+    assert min(rates[1:]) > 2 * GLOBAL_BATCH / 0.3
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_anything_is_written(tmp_path):
+    loop, _ = loop_of(tmp_path, [0.5] * STEPS, write_model=lambda state: pytest.fail("written"))
+    loop.stream[0].batch[0]["x"].fill_(math.nan)
+    with pytest.raises(UserError, match="nan at step 1"):
+        loop()
+    assert not (tmp_path / "checkpoints").exists()
