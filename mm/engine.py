@@ -21,14 +21,15 @@ Batch = Mapping[str, Any]
 
 
 class EngineConfig(Config):
-    """How a step is computed. Nothing here but precision, EMA and grad_clip changes what is learnt."""
+    """How a step is computed. Only precision, EMA, grad_clip and micro_batch change what is learnt."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What is cut over the ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes matrix products in bfloat16; parameters and optimizer stay in fp32."""
     micro_batch: int | None = Field(default=None, gt=0)
-    """Samples a rank computes at once; it accumulates gradients over its batch. Empty: all at once."""
+    """Samples a rank computes at once; it accumulates gradients over its batch. Empty: all at once. A
+    contrastive loss tells a pair apart from those of one micro-batch of every rank, not of the whole batch."""
     grad_clip: float = Field(default=0.0, ge=0)
     """Largest L2 norm of the gradients; 0 is off."""
     compile: bool = False

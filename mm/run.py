@@ -10,6 +10,7 @@ from mm.data.shards import write_atomically
 from mm.errors import UserError
 
 CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
 
 FREE_KEYS = (
     "out",
@@ -20,6 +21,7 @@ FREE_KEYS = (
     "data.shards",
     "engine.zero_stage",
     "engine.micro_batch",
+    "engine.persist_below",
     "checkpoint.keep",
     "make",
     "report",
@@ -39,7 +41,12 @@ def open_run(config: Config) -> Path:
     Raises UserError on every rank when the folder holds something else, or a run of a changed config.
     """
     out = Path(config.out)  # type: ignore[attr-defined]
-    trouble = _claim(out, config) if distributed.is_main() else ""
+    trouble = ""
+    if distributed.is_main():
+        try:
+            trouble = _claim(out, config)
+        except OSError as error:
+            trouble = f"the run folder {out} cannot be written: {error}; name another out="
     trouble = distributed.broadcast_object(trouble)
     if trouble:
         raise UserError(trouble)
@@ -54,6 +61,10 @@ def _claim(out: Path, config: Config) -> str:
         if out.exists() and any(out.iterdir()):
             return f"out={out} exists, is not empty and is no run of mm ({CONFIG} is missing); name another folder"
         out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump(config).encode())
+        return ""
+    if not (out / METRICS).exists() and not (out / "checkpoints").exists():
+        # it ended at a mistake in the config, which may be mended now, before anything was learnt
         write_atomically(path, dump(config).encode())
         return ""
     try:

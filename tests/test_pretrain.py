@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 import mm
 from mm import checkpoint
+from mm.config import load
 from mm.data import make
 from mm.data.shards import ShardSet, ShardWriter
 from mm.errors import UserError
+from mm.evaluators import FIGURES
 from train import pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +108,8 @@ def test_a_run_leaves_all_that_is_promised(whole):
     assert 0 <= first["data_wait"] <= 1
     assert [line["step"] for line in events(run, "eval")] == [6, 12]
     figures = events(run, "eval")[-1]["figures"]
+    kinds = {"val_loss": "loss", "test_source": "retrieval", "test_concepts": "classification"}
+    assert all(set(FIGURES[kind]) <= figures[name].keys() for name, kind in kinds.items())
     assert figures["test_source"]["samples"] > 100 and 0 < figures["val_loss"]["val_loss"] < 10
     assert 0 <= figures["test_concepts"]["accuracy"] <= 1
     assert "Warning" not in output and "WARNING" not in output, output
@@ -182,13 +186,26 @@ def test_a_changed_config_is_refused_with_the_differences(whole, tiny):
         ("model.image.size=33", "33"),
         ("data.shards=no/such/place", "no/such/place"),
         ("sampels=3", "did you mean"),
-        ("evaluate.best=vall/loss", "vall/loss"),
+        ("evaluate.best=vall/loss", "vall"),
+        ("evaluate.best=val_loss/loss", "figures of val_loss are val_loss"),
+        ("report.gallery=val_loss", "no retrieval set"),
+        ("checkpoint.keep=0", "checkpoint.keep"),
+        ("out=/proc/version/run", "another out="),
         ("optim.warmup=1_000_000", "warmup"),
     ],
 )
 def test_mistakes_are_named(tiny, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         pretrain.main([*tiny, f"out={tmp_path / 'run'}", override])
+
+
+def test_a_mistake_found_before_the_first_step_can_be_mended(tiny, tmp_path):
+    arguments = [*tiny, f"out={tmp_path / 'run'}", "samples=32", "optim.warmup=0", "data.workers=0"]
+    with pytest.raises(UserError, match="vit_tiny_patch16_224"):
+        pretrain.main([*arguments, "model.image.name=vit_tinny_patch16_224"])
+    pretrain.main(arguments)
+    config = load(pretrain.PretrainConfig, tmp_path / "run" / "config.yaml")
+    assert config.model.image.name == "vit_tiny_patch16_224"
 
 
 def test_exit_status_and_message_of_a_mistake(tiny, tmp_path):

@@ -16,13 +16,13 @@ from mm.data import make
 from mm.data.stream import Stream, StreamConfig
 from mm.data.transforms import AugmentConfig, TrainTransform
 from mm.engine import Engine, EngineConfig
-from mm.evaluators import EvaluatorConfig, evaluate
+from mm.evaluators import FIGURES, EvaluatorConfig, evaluate
 from mm.log import Log, LogConfig, cut, message
 from mm.models.folder import save_model
 from mm.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from mm.optim import OptimConfig, learning_rates, parameter_groups
 from mm.report import ReportConfig
-from mm.run import check_same_stream, open_run
+from mm.run import METRICS, check_same_stream, open_run
 from mm.tasks.contrastive import ContrastiveConfig, ContrastiveTask, PairPreparation
 from train.loop import CheckpointConfig, EvaluationConfig, Figures, Loop, Schedule
 
@@ -74,9 +74,17 @@ class PretrainConfig(Config):
 
     @model_validator(mode="after")
     def _sets_that_are_named_exist(self) -> "PretrainConfig":
-        for key, name in (("evaluate.best", self.evaluate.best), ("report.gallery", self.report.gallery)):
-            if name and name.partition("/")[0] not in self.sets:
-                raise ValueError(f"{key}={name!r} names no evaluation of `sets`: {', '.join(self.sets) or 'none'}")
+        best, _, figure = (self.evaluate.best or "").partition("/")
+        gallery = self.report.gallery
+        for key, name in (("evaluate.best", best), ("report.gallery", gallery)):
+            if name and name not in self.sets:
+                known = ", ".join(self.sets) or "none"
+                raise ValueError(f"{key}: {name!r} names no evaluation of `sets`: {known}")
+        if best and figure not in FIGURES[self.sets[best].kind]:
+            known = ", ".join(FIGURES[self.sets[best].kind])
+            raise ValueError(f"evaluate.best={self.evaluate.best!r}: the figures of {best} are {known}")
+        if gallery and self.sets[gallery].kind != "retrieval":
+            raise ValueError(f"report.gallery={gallery!r} is no retrieval set")
         return self
 
     @model_validator(mode="after")
@@ -112,7 +120,7 @@ def main(argv: list[str]) -> None:
     )
 
     latest = checkpoint.latest(run, warn=message)
-    state = checkpoint.load(latest, engine) if latest else TrainState(step=0, samples=0)
+    state = checkpoint.load(latest, engine, verify=False) if latest else TrainState(step=0, samples=0)
     stream = open_stream(config, model, engine, start=state.samples, stop=schedule.samples)
     check_same_stream(state.stream, stream.identity)
     state.stream, state.config = stream.identity, plain(config)
@@ -128,11 +136,11 @@ def main(argv: list[str]) -> None:
         distributed.barrier()
 
     if distributed.is_main():
-        cut(run / "metrics.jsonl", state.step)
+        cut(run / METRICS, state.step if latest else -1)
     logging = config.log.model_dump()
     with Log(run, **logging, enabled=distributed.is_main(), start=state.step) as log:
         message(describe(config, model, stream, state))
-        for warning in [*engine.notes, *stream.warnings]:
+        for warning in [*engine.notes, *stream.warnings, *fewer_negatives(config, engine)]:
             message(f"warning: {warning}")
         if state.step == 0 and config.evaluate.at_start:
             log.event("eval", 0, 0, figures=evaluate_all())
@@ -185,6 +193,18 @@ def open_stream(config: PretrainConfig, model: TwoTower, engine: Engine, *, star
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
+
+
+def fewer_negatives(config: PretrainConfig, engine: Engine) -> list[str]:
+    """What accumulation costs a contrastive loss, if there is any."""
+    parts = engine.accumulation
+    if parts == 1:
+        return []
+    others = config.batch // parts - 1
+    return [
+        f"engine.micro_batch cuts the batch into {parts} parts: the loss tells a pair apart from the {others:,} "
+        f"others of its part, not from those of the whole batch of {config.batch:,}"
+    ]
 
 
 def describe(config: PretrainConfig, model: TwoTower, stream: Stream, state: TrainState) -> str:

@@ -10,13 +10,14 @@ from pydantic import Field
 from mm.evaluators.classification import ClassificationConfig, classification
 from mm.evaluators.embedding import Embedder, embedding, open_set
 from mm.evaluators.loss import LossConfig, loss
-from mm.evaluators.retrieval import Ranking, RetrievalConfig, retrieval, retrieve
+from mm.evaluators.retrieval import KS, Ranking, RetrievalConfig, retrieval, retrieve
 
 if TYPE_CHECKING:
     from mm.models.two_tower import TwoTower
 
 __all__ = [
     "EVALUATORS",
+    "FIGURES",
     "ClassificationConfig",
     "EvaluatorConfig",
     "LossConfig",
@@ -34,6 +35,13 @@ EVALUATORS: dict[str, Callable[[Embedder, Any], dict[str, float]]] = {
     "retrieval": retrieval,
     "loss": loss,
 }
+
+FIGURES: dict[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "accuracy@5", "mean_per_class"),
+    "retrieval": tuple(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in KS),
+    "loss": ("val_loss",),
+}
+"""The figures of each kind by which models are compared; of a loss less is better, of the others more."""
 
 
 def evaluate(model: "TwoTower", sets: Mapping[str, EvaluatorConfig]) -> dict[str, dict[str, float]]:
