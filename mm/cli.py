@@ -10,6 +10,7 @@ HELP = """usage: mm COMMAND ...
 
   mm data make SOURCE [key=value ...]   write shards from a public source, a folder or a table of images
   mm data index SHARDS ...              write sizes.json and member offsets for shards that exist
+  mm report RUN                         write the page RUN/report.html again
 
 mm COMMAND --help says more about each. Training and evaluation are programs of their own:
   python -m train.pretrain --help       python -m eval.suite --help
@@ -18,6 +19,10 @@ INDEX_HELP = """usage: mm data index SHARDS ...
 
 SHARDS: folders, files or patterns such as 'data/cc3m/{00000..00331}.tar' of webdataset or img2dataset.
 Writes NAME.idx beside each shard, and sizes.json in its folder: training reads them.
+"""
+REPORT_HELP = """usage: mm report RUN
+
+RUN: the folder of a run, finished or not. Writes RUN/report.html from what the run left there.
 """
 
 
@@ -33,7 +38,7 @@ def dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
         return
-    _pick({"data": data}, argv[0], "command")(argv[1:])
+    _pick({"data": data, "report": report}, argv[0], "command")(argv[1:])
 
 
 def data(argv: list[str]) -> None:
@@ -71,6 +76,20 @@ def index(argv: list[str]) -> None:
 
     counts = index_shards(argv)
     print(f"indexed {len(counts):,} shards with {sum(counts.values()):,} samples")
+
+
+def report(argv: list[str]) -> None:
+    """`mm report RUN`."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(REPORT_HELP, end="")
+        return
+    if len(argv) > 1:
+        raise UserError(f"mm report takes the folder of one run, and was given {len(argv)}: {' '.join(argv)}")
+    from pathlib import Path
+
+    from mm.report import write
+
+    print(write(Path(argv[0]).expanduser()))
 
 
 def _pick(

@@ -1,6 +1,7 @@
 """mm.cli: the command as a user runs it."""
 
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -37,6 +38,9 @@ def test_help_is_instant_and_imports_no_torch() -> None:
         (["data", "make", "emoji", "--size"], "expected key=value"),
         (["data", "make", "emoji", "other.yaml"], "expected key=value"),
         (["data", "index", "/nowhere"], "/nowhere"),
+        (["reprt"], "did you mean report"),
+        (["report", "/nowhere"], "/nowhere is not a run folder"),
+        (["report", "a", "b"], "one run"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str) -> None:
@@ -57,7 +61,7 @@ def test_help_lists_sources_and_keys(capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.dispatch(["data", "make", "emoji", "--help"])
     assert caught.value.code == 0 and "split_seed" in capsys.readouterr().out
-    for arguments in ([], ["data"], ["data", "index"], ["data", "make"]):
+    for arguments in ([], ["data"], ["data", "index"], ["data", "make"], ["report"], ["report", "-h"]):
         cli.dispatch(arguments)
         assert capsys.readouterr().out.startswith("usage: mm")
 
@@ -71,3 +75,11 @@ def test_index(tmp_path: Path, capsys) -> None:
     cli.dispatch(["data", "index", str(tmp_path)])
     assert "1 shards with 2 samples" in capsys.readouterr().out
     assert (tmp_path / "sizes.json").exists() and (tmp_path / "00000.idx").exists()
+
+
+def test_report(tmp_path: Path, capsys) -> None:
+    rows = [{"kind": "train", "step": step, "loss": 1 / step} for step in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cli.dispatch(["report", str(tmp_path)])
+    page = tmp_path / "report.html"
+    assert capsys.readouterr().out == f"{page}\n" and "<html" in page.read_text()

@@ -242,6 +242,12 @@ def test_ensure_makes_once_and_refuses_other_options(photos: Path, tmp_path: Pat
     out = ensure(str(photos), tmp_path / "out", seed=3)
     time = (out / MARKER).stat().st_mtime_ns
     assert ensure(str(photos), out, seed=3) == out and (out / MARKER).stat().st_mtime_ns == time
+    marker = json.loads((out / MARKER).read_text())
+    del marker["config"]["captions"]  # as if that option had come later
+    (out / MARKER).write_text(json.dumps(marker))
+    assert ensure(str(photos), out, seed=3) == out
+    with pytest.raises(UserError, match=r'captions: "sidecar" -> "name"'):
+        ensure(str(photos), out, seed=3, captions="name")
     with pytest.raises(UserError, match=r"seed: 3 -> 4"):
         ensure(str(photos), out, seed=4)
     with pytest.raises(UserError, match="holds the source"):

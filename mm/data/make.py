@@ -45,7 +45,9 @@ def ensure(source: str, out: Path | str, **options: Any) -> Path:
     made = json.loads((out / MARKER).read_text())
     if made["source"] != source:
         raise UserError(f"{out} holds the source {made['source']}, not {source}; choose another folder")
-    changes = configs.differences(made["config"], _described(config))
+    # an option that is newer than the data had its default then
+    before = {**_described(chosen.config.model_construct(out=out)), **made["config"]}
+    changes = configs.differences(before, _described(config))
     if changes:
         raise UserError(
             f"{out} was made with other options ({'; '.join(changes)}); choose another folder, or run\n"

@@ -20,7 +20,7 @@ SOURCES: dict[str, Source] = {
     "emoji": Source(
         emoji.EmojiConfig,
         emoji.write,
-        "1,900 emoji by two artists, concepts held out (pip packages, CC BY-SA and CC BY)",
+        "1,900 emoji by two artists, concepts held out (pip packages; more artists from npm)",
     ),
     "openclipart": Source(
         openclipart.OpenclipartConfig,

