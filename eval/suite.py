@@ -1,13 +1,13 @@
-"""Evaluate a model on sets of images and texts: `python -m eval.suite CONFIG model=RUN_OR_CHECKPOINT
-[key=value ...]`.
+"""Evaluate a model on sets of images and texts: `python -m eval.suite CONFIG model=RUN_OR_CHECKPOINT [key=value ...]`.
 
-The same under `torchrun --nproc-per-node N -m eval.suite ...`, with the same figures. Prints a table and
-writes `RUN/eval/NAME.json` (or `out`), one JSON object:
+The same under `torchrun --nproc-per-node N -m eval.suite ...`, with the same figures. Prints a table and writes
+`RUN/eval/NAME.json` (or `out`), one JSON object:
 
-    format     1 name       of the suite model      the path that was given config     all keys of the suite,
-    resolved figures    {"SET": {"FIGURE": number}}: shares in [0, 1], their standard errors (`FIGURE_error`),
-    counts mm, torch  versions date       end of the evaluation, ISO 8601, UTC seconds    that it took,
-    loading apart ranks, device
+- format: 1
+- name, model, config: of the suite; the path that was given; all keys, resolved
+- figures: {"SET": {"FIGURE": number}}: shares in [0, 1], their standard errors (`FIGURE_error`), counts
+- mm, torch, date: versions; end of the evaluation in UTC
+- seconds, ranks, device: what it took, loading apart
 """
 
 import importlib.metadata
@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 
 import mm
 from mm import distributed, program
@@ -28,6 +26,7 @@ from mm.config import Config, parse
 from mm.data.shards import write_atomically
 from mm.errors import UserError
 from mm.evaluators import EvaluatorConfig, evaluate
+from mm.report.console import show
 
 
 class SuiteConfig(Config):
@@ -85,31 +84,6 @@ def write(path: Path, result: dict[str, Any]) -> None:
         raise UserError(
             f"the results cannot be written to {path} ({error.strerror}); give another `out`"
         ) from None
-
-
-def show(figures: dict[str, dict[str, float]]) -> None:
-    """Print the figures: shares in percent, with one standard error."""
-    table = Table("set", "figure", box=None)
-    for column in ("value", "± error", "chance", "samples", "bad"):
-        table.add_column(column, justify="right")
-    for name, values in figures.items():
-        counts = [str(values["samples"]), str(values["bad"])]
-        for figure, value in values.items():
-            if isinstance(value, int) or figure.endswith(("_error", "chance")):
-                continue
-            error = values.get(f"{figure}_error")
-            # what chance gives is known for the first place only
-            chance = values.get(
-                "chance" if figure == "accuracy" else f"{figure.removesuffix('_recall@1')}_chance"
-            )
-            shown = f"{value:.4f}" if figure.endswith("loss") else _percent(value) + "%"
-            table.add_row(name, figure, shown, _percent(error), _percent(chance), *counts)
-            name, counts = "", ["", ""]
-    Console().print(table)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f}"
 
 
 if __name__ == "__main__":

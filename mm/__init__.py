@@ -12,8 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mm import losses as losses
-    from mm import metrics as metrics
+    import mm.losses as losses
+    import mm.metrics as metrics
     from mm.models.folder import load_model as load
 
 __all__ = ["load", "losses", "metrics"]

@@ -6,6 +6,7 @@ Everything here also works in one process that never called `start()`: the world
 import json
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -132,6 +133,19 @@ def broadcast_object(value: Any) -> Any:
         data = data.new_empty(int(size))
     dist.broadcast(data, src=0)
     return _decode(data)
+
+
+def on_main(action: Callable[[], object]) -> None:
+    """Do something on rank 0 while the others wait; its UserError is raised on all ranks. Collective."""
+    trouble = None
+    if is_main():
+        try:
+            action()
+        except UserError as error:
+            trouble = str(error)
+    trouble = broadcast_object(trouble)
+    if trouble is not None:
+        raise UserError(trouble)
 
 
 class _AllGather(torch.autograd.Function):

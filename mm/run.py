@@ -41,45 +41,43 @@ def open_run(config: Config) -> Path:
     Raises UserError on every rank when the folder holds something else, or a run of a changed config.
     """
     out = Path(config.out)  # type: ignore[attr-defined]
-    trouble = ""
-    if distributed.is_main():
-        try:
-            trouble = _claim(out, config)
-        except OSError as error:
-            trouble = f"the run folder {out} cannot be written: {error}; name another out="
-    trouble = distributed.broadcast_object(trouble)
-    if trouble:
-        raise UserError(trouble)
+    distributed.on_main(lambda: _claim(out, config))
     return out
 
 
-def _claim(out: Path, config: Config) -> str:
+def _claim(out: Path, config: Config) -> None:
     path = out / CONFIG
-    if out.exists() and not out.is_dir():
-        return f"out={out} is a file; name a folder for the run"
-    if not path.exists():
-        if out.exists() and any(out.iterdir()):
-            return f"out={out} exists, is not empty and is no run of mm ({CONFIG} is missing); name another folder"
+    try:
+        # a config alone is of a run that ended at a mistake in it, which may be mended now
+        if (out / METRICS).exists() or (out / "checkpoints").exists():
+            _check_same_run(out, config)
+        elif out.is_dir() and any(out.iterdir()) and not path.exists():
+            raise UserError(
+                f"out={out} exists, is not empty and is no run of mm ({CONFIG} is missing); "
+                "name another folder"
+            )
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, dump(config).encode())
-        return ""
-    if not (out / METRICS).exists() and not (out / "checkpoints").exists():
-        # it ended at a mistake in the config, which may be mended now, before anything was learnt
-        write_atomically(path, dump(config).encode())
-        return ""
+    except OSError as error:
+        raise UserError(
+            f"out={out} cannot be the run's folder ({error.strerror}); name another one"
+        ) from None
+
+
+def _check_same_run(out: Path, config: Config) -> None:
     try:
-        before = load(type(config), path)
+        before = load(type(config), out / CONFIG)
     except UserError as error:
-        return f"the run in {out} has a config this version cannot read; name another out=\n{error}"
+        raise UserError(
+            f"the run in {out} has a config this version cannot read; name another out=\n{error}"
+        ) from error
     changes = changed(plain(before), plain(config))
     if changes:
         listed = "\n".join(f"  {change}" for change in changes)
-        return (
+        raise UserError(
             f"{out} holds a run with another config; it goes on only with the same one:\n{listed}\n"
             f"Set these back, or start a new run with another out="
         )
-    write_atomically(path, dump(config).encode())
-    return ""
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -100,4 +98,6 @@ def check_same_stream(before: Mapping[str, Any], now: Mapping[str, Any]) -> None
     changes = differences(before, now) if before else []
     if changes:
         listed = "\n".join(f"  {change}" for change in changes)
-        raise UserError(f"the training data has changed since this run was saved, so it cannot go on:\n{listed}")
+        raise UserError(
+            f"the training data has changed since this run was saved, so it cannot go on:\n{listed}"
+        )

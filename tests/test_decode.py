@@ -112,6 +112,12 @@ def test_what_is_no_image_is_a_bad_sample(data: bytes) -> None:
     assert caught.value.reason and "\n" not in caught.value.reason and "0x" not in caught.value.reason
 
 
+def test_a_text_is_said_to_be_none_and_a_camera_s_double_jpeg_is_read() -> None:
+    with pytest.raises(BadSample, match="starts with b'hello'"):
+        image(b"hello")
+    assert image(encode(RGB, "MPO", save_all=True, append_images=[RGB])).shape[0] == 3
+
+
 def test_flipped_bytes_decode_or_are_bad() -> None:
     for data in (JPEG, PNG, encode(RGBA, "WEBP"), encode(PALETTE, "GIF")):
         for _ in range(60):

@@ -62,7 +62,13 @@ def program(*arguments, ranks=0, **kwargs):
     """Start `train.pretrain` in a process of its own, under torchrun where ranks are given."""
     launcher = [sys.executable, "-m", "train.pretrain"]
     if ranks:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+        ]
         launcher = [*torchrun, "-m", "train.pretrain"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launcher, *map(str, arguments)]
@@ -100,7 +106,9 @@ def whole(tiny, tmp_path_factory):
 
 def test_a_run_leaves_all_that_is_promised(whole):
     run, output = whole
-    assert {"config.yaml", "metrics.jsonl", "checkpoints", "model", "report.html"} <= {p.name for p in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "model", "report.html"} <= {
+        p.name for p in run.iterdir()
+    }
     assert sorted(losses(run)) == list(range(1, 13))
     first = events(run, "train")[0]
     assert list(first)[:3] == ["event", "step", "samples"] and first["samples"] == 32
@@ -190,7 +198,7 @@ def test_a_changed_config_is_refused_with_the_differences(whole, tiny):
         ("evaluate.best=val_loss/loss", "figures of val_loss are val_loss"),
         ("report.gallery=val_loss", "no retrieval set"),
         ("checkpoint.keep=0", "checkpoint.keep"),
-        ("out=/proc/version/run", "another out="),
+        ("out=/proc/version/run", "name another one"),
         ("optim.warmup=1_000_000", "warmup"),
     ],
 )

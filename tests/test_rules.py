@@ -188,7 +188,10 @@ def test_forbidden_imports_are_found(module: str, source: str) -> None:
     [
         ("train.loop", "from mm.engine import Engine\nimport mm"),
         ("mm.engine", "import deepspeed\nfrom mm.zero import hooks"),
-        ("mm.config", "import yaml\nfrom mm.config import help as help_page\nfrom mm.config.types import inside"),
+        (
+            "mm.config",
+            "import yaml\nfrom mm.config import help as help_page\nfrom mm.config.types import inside",
+        ),
         (
             "mm.encoders.image",
             "import timm\nfrom mm.config import Config\nfrom mm import distributed\nimport math",

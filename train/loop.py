@@ -158,7 +158,8 @@ class Loop:
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {self.state.step}: these weights are lost. The checkpoints in "
-                f"{self.run / 'checkpoints'} are from before; start again with a lower optim.lr or a longer optim.warmup"
+                f"{self.run / 'checkpoints'} are from before; start again with a lower optim.lr or a longer "
+                "optim.warmup"
             )
 
     def _write_ledger(self) -> None:
@@ -194,7 +195,8 @@ class Loop:
         self._write_ledger()
         started = time.perf_counter()
         checkpoint.save(self.run, self.state, self.engine)
-        checkpoint.prune(self.run, self.keep, keep={self.state.best.get("step", self.state.step)})
+        step = self.state.step  # named too: a damaged one that was passed over may have a higher number
+        checkpoint.prune(self.run, self.keep, keep={step, self.state.best.get("step", step)})
         self.log.event("save", self.state.step, self.state.samples, seconds=time.perf_counter() - started)
 
 

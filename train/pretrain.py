@@ -5,6 +5,7 @@ The same under `torchrun --nproc-per-node N -m train.pretrain` and `deepspeed --
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -90,9 +91,13 @@ class PretrainConfig(Config):
     @model_validator(mode="after")
     def _the_loss_has_what_it_needs(self) -> "PretrainConfig":
         if self.loss.kind == "sigmoid" and self.model.bias_init is None:
-            raise ValueError("loss.kind='sigmoid' needs model.bias_init (SigLIP: -10, with model.scale_init 10)")
+            raise ValueError(
+                "loss.kind='sigmoid' needs model.bias_init (SigLIP: -10, with model.scale_init 10)"
+            )
         if self.optim.warmup > self.samples:
-            raise ValueError(f"optim.warmup={self.optim.warmup} is longer than the run of samples={self.samples}")
+            raise ValueError(
+                f"optim.warmup={self.optim.warmup} is longer than the run of samples={self.samples}"
+            )
         return self
 
 
@@ -104,6 +109,7 @@ def main(argv: list[str]) -> None:
 
     torch.manual_seed(config.seed)
     model = build_two_tower(config.model)
+    size = Size.of(model)
     task = ContrastiveTask(model, kind=config.loss.kind, positives=config.loss.positives)
     schedule = Schedule.of(
         config.samples, config.batch, config.checkpoint.every, config.evaluate.every, config.log.every
@@ -131,15 +137,14 @@ def main(argv: list[str]) -> None:
 
     def write_model(state: TrainState) -> None:
         weights = engine.full_weights(prefix="model.")
-        if distributed.is_main():
-            save_model(run / "model", model, config.model, weights, about={"step": state.step})
-        distributed.barrier()
+        about = {"step": state.step}
+        distributed.on_main(lambda: save_model(run / "model", model, config.model, weights, about))
 
     if distributed.is_main():
         cut(run / METRICS, state.step if latest else -1)
     logging = config.log.model_dump()
     with Log(run, **logging, enabled=distributed.is_main(), start=state.step) as log:
-        message(describe(config, model, stream, state))
+        message(describe(config, model, size, stream, state))
         for warning in [*engine.notes, *stream.warnings, *fewer_negatives(config, engine)]:
             message(f"warning: {warning}")
         if state.step == 0 and config.evaluate.at_start:
@@ -164,14 +169,14 @@ def main(argv: list[str]) -> None:
             gallery = report.gallery(model, config.sets, config.report)
         if distributed.is_main():
             page = report.write(run, gallery)
+            report.show(run)
             message(f"done: {run}\n  weights  {run / 'model'}\n  report   {page}")
 
 
 def make_data(config: MakeConfig | None) -> None:
     """Make the data a config asks for, once for all ranks."""
-    if config and distributed.is_main():
-        make.ensure(config.source, config.folder, **config.options)
-    distributed.barrier()
+    if config:
+        distributed.on_main(lambda: make.ensure(config.source, config.folder, **config.options))
 
 
 def open_stream(config: PretrainConfig, model: TwoTower, engine: Engine, *, start: int, stop: int) -> Stream:
@@ -202,23 +207,35 @@ def fewer_negatives(config: PretrainConfig, engine: Engine) -> list[str]:
         return []
     others = config.batch // parts - 1
     return [
-        f"engine.micro_batch cuts the batch into {parts} parts: the loss tells a pair apart from the {others:,} "
-        f"others of its part, not from those of the whole batch of {config.batch:,}"
+        f"engine.micro_batch cuts the batch into {parts} parts: the loss tells a pair apart from the "
+        f"{others:,} others of its part, not from those of the whole batch of {config.batch:,}"
     ]
 
 
-def describe(config: PretrainConfig, model: TwoTower, stream: Stream, state: TrainState) -> str:
+class Size(NamedTuple):
+    """Numbers of parameters."""
+
+    image: int
+    text: int
+    trained: int
+
+    @classmethod
+    def of(cls, model: TwoTower) -> "Size":
+        """To be asked before the engine takes the model, whose parameters are empty under ZeRO 3."""
+        image, text = (sum(p.numel() for p in tower.parameters()) for tower in (model.image, model.text))
+        return cls(image, text, sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
+def describe(config: PretrainConfig, model: TwoTower, size: Size, stream: Stream, state: TrainState) -> str:
     """What is about to run, in a few lines."""
-    count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6  # noqa: E731
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    identity = stream.identity
     lines = [
-        f"{config.out}: {config.samples:,} samples in batches of {config.batch:,} on {distributed.world_size()} rank(s)",
-        f"  image  {config.model.image.name}, {count(model.image):.1f} M parameters, {model.image.size} px",
-        f"  text   {config.model.text.name}, {count(model.text):.1f} M parameters",
-        f"  learns {trained:.1f} M parameters, {config.loss.kind}, {config.engine.precision}, "
+        f"{config.out}: {config.samples:,} samples in batches of {config.batch:,} on "
+        f"{distributed.world_size()} rank(s)",
+        f"  image  {config.model.image.name}, {size.image / 1e6:.1f} M parameters, {model.image.size} px",
+        f"  text   {config.model.text.name}, {size.text / 1e6:.1f} M parameters",
+        f"  learns {size.trained / 1e6:.1f} M parameters, {config.loss.kind}, {config.engine.precision}, "
         f"ZeRO {config.engine.zero_stage}",
-        f"  data   {identity['samples']:,} samples, {config.samples / identity['samples']:.1f} passes",
+        f"  data   {stream.samples:,} samples, {config.samples / stream.samples:.1f} passes",
     ]
     if state.step:
         lines.append(f"  goes on from step {state.step:,} ({state.samples:,} samples)")

@@ -18,8 +18,8 @@ MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
 LONGEST_CAPTION = 10_000  # characters
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 ORIENTATION = 0x0112  # the EXIF tag
-# the formats that Pillow may try: others (EPS) start programs
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+# the formats that Pillow may try: others (EPS) start programs. Its JPEG reader opens MPO too
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class BadSample(Exception):

@@ -67,3 +67,11 @@ def write(run: Path, gallery: "Gallery | None" = None) -> Path:
         )
     write_atomically(path, page.render(run, history.read(run), pictures).encode())
     return path
+
+
+def show(run: Path) -> None:
+    """Print the figures of a run's last evaluation, beside those from before the training where there are any."""
+    from mm.report import console, history
+
+    figures = history.read(Path(run))
+    console.show(figures.after.get("figures", {}), figures.before)

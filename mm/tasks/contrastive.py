@@ -18,7 +18,7 @@ from mm.models.two_tower import TwoTower
 
 class ContrastiveConfig(Config):
     kind: Literal["contrastive", "sigmoid"] = "contrastive"
-    """`contrastive`: InfoNCE (CLIP, Radford et al. 2021); `sigmoid`: pairwise sigmoid (SigLIP, Zhai et al. 2023)."""
+    """`contrastive`: InfoNCE (CLIP, Radford 2021); `sigmoid`: pairwise sigmoid (SigLIP, Zhai 2023)."""
     positives: Literal["same", "diagonal"] = "same"
     """`same`: all pairs of an equal image or an equal caption are positives; `diagonal`: only the drawn pair is."""
     captions: Literal["random", "first"] = "random"
@@ -95,11 +95,11 @@ class ContrastiveTask(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch of this rank -> loss (scalar; its mean over ranks is the global loss) and figures to log."""
         output = self.model(images=batch["images"], input_ids=batch["input_ids"], mask=batch["mask"])
-        ids = {}
-        if self.positives == "same":
-            ids = {"image_ids": batch["image_ids"], "text_ids": batch["text_ids"]}
+        same = self.positives == "same"
+        image_ids, text_ids = (batch["image_ids"], batch["text_ids"]) if same else (None, None)
         figures = {"scale": output.scale.detach()}
+        pairs = (output.image, output.text, output.scale)
         if self.kind == "sigmoid":
             figures["bias"] = output.bias.detach()
-            return losses.sigmoid(output.image, output.text, output.scale, output.bias, **ids), figures
-        return losses.contrastive(output.image, output.text, output.scale, **ids), figures
+            return losses.sigmoid(*pairs, output.bias, image_ids=image_ids, text_ids=text_ids), figures
+        return losses.contrastive(*pairs, image_ids=image_ids, text_ids=text_ids), figures
