@@ -169,6 +169,7 @@ def main(argv: list[str]) -> None:
             gallery = report.gallery(model, config.sets, config.report)
         if distributed.is_main():
             page = report.write(run, gallery)
+            report.show(run)
             message(f"done: {run}\n  weights  {run / 'model'}\n  report   {page}")
 
 
