@@ -21,11 +21,12 @@ import torch
 from pydantic import Field
 
 import mm
-from mm import distributed, program
+from mm import checkpoint, distributed, program
 from mm.config import Config, parse
 from mm.data.shards import write_atomically
 from mm.errors import UserError
 from mm.evaluators import EvaluatorConfig, evaluate
+from mm.models.two_tower import TwoTower
 from mm.report.console import show
 
 
@@ -33,7 +34,7 @@ class SuiteConfig(Config):
     """A model and the sets it is evaluated on."""
 
     model: Path
-    """A run folder, its `model/`, or an exported folder."""
+    """A run folder, its `model/`, one of its checkpoints, or an exported folder."""
     sets: dict[str, EvaluatorConfig] = Field(min_length=1)
     """Evaluations by name, each of one `kind`."""
     name: str = Field("suite", pattern=r"^\w[\w.@+-]*$")
@@ -45,7 +46,7 @@ class SuiteConfig(Config):
 def main(argv: list[str]) -> None:
     config = parse(SuiteConfig, argv, "eval.suite")
     distributed.start()
-    model = mm.load(config.model).to(distributed.device())
+    model = open_model(config.model).to(distributed.device())
     started = time.perf_counter()
     figures = evaluate(model, config.sets)
     seconds = time.perf_counter() - started
@@ -70,8 +71,25 @@ def main(argv: list[str]) -> None:
     print(f"{len(figures)} sets in {seconds:.1f} s; results in {path}")
 
 
+def open_model(path: Path) -> TwoTower:
+    """The model in a folder; in a checkpoint of a run, the run's model with the weights of that step."""
+    if not is_checkpoint(path):
+        return mm.load(path)
+    weights = checkpoint.read_weights(path)
+    model = mm.load(run_folder(path))
+    model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
+    return model
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint of a run."""
+    return path.parent.name == "checkpoints" and (path / "state.json").is_file()
+
+
 def run_folder(model: Path) -> Path:
     """The run that a model belongs to; the model's own folder where it belongs to none."""
+    if is_checkpoint(model):
+        return model.parent.parent
     return model.parent if model.name == "model" and (model.parent / "config.yaml").exists() else model
 
 

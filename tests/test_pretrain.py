@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mm
+from eval import suite
 from mm import checkpoint
 from mm.config import load
 from mm.data import make
@@ -132,6 +133,20 @@ def test_the_model_describes_itself(whole):
     assert image.shape == (3, 128) and text.shape == (2, 128)
     assert image.dtype == text.dtype == torch.float32
     torch.testing.assert_close(image.norm(dim=1), torch.ones(3))
+
+
+def test_a_checkpoint_is_evaluated_like_the_model(whole, data, tmp_path):
+    run, _ = whole
+    sets = f"sets={{c: {{kind: classification, data: {data}/test_concepts, workers: 0}}}}"
+    places = {"last": checkpoint.folder(run, 12), "before": checkpoint.folder(run, 9), "run": run}
+    figures = {}
+    for name, place in places.items():
+        suite.main([sets, f"model={place}", f"out={tmp_path}/{name}.json"])
+        figures[name] = json.loads((tmp_path / f"{name}.json").read_text())["figures"]["c"]
+    assert figures["last"] == figures["run"]
+    assert suite.run_folder(places["before"]) == run
+    earlier, later = (suite.open_model(places[name]).state_dict() for name in ("before", "last"))
+    assert any(not torch.equal(earlier[name], later[name]) for name in later)
 
 
 def test_the_written_config_repeats_the_run(whole, tmp_path):
