@@ -47,8 +47,6 @@ class TrainState:
     """Identity of the stream, which a resumed run must have too."""
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    logs: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Bytes of each log file that belong to this state; what follows is cut on resume."""
     version: int = VERSION
 
 
