@@ -1,16 +1,20 @@
 # make demo    .venv -> real data -> pretrain -> zero-shot evaluation -> report
 # make test    .venv -> lint, types, tests
+# make bench   .venv -> side by side with open_clip's trainer; the table of what is measured
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: .venv/.installed-demo
 	$(BIN)/python -m train.pretrain configs/demo.yaml
 
 test: lint
 	$(BIN)/python -m pytest
+
+bench: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m eval.bench
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
 """The run folder: opened new or to go on, never mixed up with another run."""
 
+import fcntl
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mm import distributed
 from mm.config import Config, differences, dump, load, plain
@@ -11,6 +13,8 @@ from mm.errors import UserError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+BAD_SAMPLES = "bad_samples.jsonl"
+LOCK = ".lock"
 
 FREE_KEYS = (
     "out",
@@ -23,6 +27,9 @@ FREE_KEYS = (
     "engine.micro_batch",
     "engine.persist_below",
     "checkpoint.keep",
+    "model.*.checkpointing",
+    "sets.*.data",
+    "sets.*.workers",
     "make",
     "report",
 )
@@ -32,7 +39,29 @@ shards may move; that they still are the same ones is checked by their hash in t
 
 def is_free(key: str) -> bool:
     """Whether a dotted key, or a section above it, may change on resume."""
-    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+    return any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in FREE_KEYS)
+
+
+_locks: dict[Path, IO[str]] = {}
+"""Open lock files; the lock of a process goes with it, however it ends."""
+
+
+def _lock(out: Path) -> None:
+    """Keep other processes from training in this folder. Raises UserError where one does."""
+    place = out.resolve()
+    if place in _locks:  # opening the file again and closing it would give the lock away
+        return
+    file = (out / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locks[place] = file
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"another process is training in out={out}; wait for it, or name another folder"
+        ) from None
+    except OSError:
+        return  # a file system without locks
 
 
 def open_run(config: Config) -> Path:
@@ -57,6 +86,7 @@ def _claim(out: Path, config: Config) -> None:
                 "name another folder"
             )
         out.mkdir(parents=True, exist_ok=True)
+        _lock(out)
         write_atomically(path, dump(config).encode())
     except OSError as error:
         raise UserError(

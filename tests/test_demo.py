@@ -51,7 +51,14 @@ def evaluations(folders, tmp_path_factory):
         run = tmp_path_factory.mktemp("runs") / folder.name
         sets = json.dumps(SETS).replace("{}", str(folder))
         pretrain.main(
-            ["configs/demo.yaml", f"out={run}", "make=null", f"data.shards={folder}/train", f"sets={sets}", *SHORT]
+            [
+                "configs/demo.yaml",
+                f"out={run}",
+                "make=null",
+                f"data.shards={folder}/train",
+                f"sets={sets}",
+                *SHORT,
+            ]
         )
         runs.append(figures(run))
     return runs

@@ -90,9 +90,20 @@ def test_the_rate_does_not_count_the_time_of_evaluations(tmp_path):
     assert min(rates[1:]) > 2 * GLOBAL_BATCH / 0.3
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_anything_is_written(tmp_path):
-    loop, _ = loop_of(tmp_path, [0.5] * STEPS, write_model=lambda state: pytest.fail("written"))
-    loop.stream[0].batch[0]["x"].fill_(math.nan)
-    with pytest.raises(UserError, match="nan at step 1"):
+def test_a_step_that_is_not_finite_is_skipped_and_written_down(tmp_path):
+    loop, state = loop_of(tmp_path, [0.5] * STEPS, write_model=lambda state: None)
+    loop.stream[2].batch[0]["x"].fill_(math.nan)
+    loop()
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in events if line["event"] == "skip"] == [3]
+    assert state.step == STEPS
+    assert all(weight.isfinite().all() for weight in loop.engine.module.parameters())
+
+
+def test_too_many_skips_in_a_row_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.loop.SKIPS_IN_A_ROW", 3)
+    loop, _ = loop_of(tmp_path, [0.5] * STEPS, write_model=lambda state: None)
+    for streamed in loop.stream[1:]:
+        streamed.batch[0]["x"].fill_(math.nan)
+    with pytest.raises(UserError, match="3 steps in a row .* up to step 4"):
         loop()
-    assert not (tmp_path / "checkpoints").exists()

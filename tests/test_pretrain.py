@@ -267,3 +267,16 @@ def test_ctrl_c_ends_with_one_line_and_the_run_goes_on_later(tiny, tmp_path):
     assert process.returncode == 130, output
     assert "Traceback" not in output and output.rstrip().endswith("interrupted"), output
     assert checkpoint.latest(run) is not None
+
+
+def test_two_jobs_cannot_train_in_one_folder(tiny, tmp_path):
+    run = tmp_path / "run"
+    first = program(*tiny, f"out={run}", "samples=64000", start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and first.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(UserError, match="another process is training"):
+        pretrain.main([*tiny, f"out={run}", "samples=64000"])
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -77,6 +78,11 @@ def test_main_writes_and_shows_the_figures(place, capsys):
     suite.main([str(place / "again.yaml"), f"out={place / 'again.json'}"])
     assert json.loads((place / "again.json").read_text())["figures"] == result["figures"]
     shown = capsys.readouterr().out
+    accuracy, top = (result["figures"]["names"][key] for key in ("accuracy", "accuracy@5"))
+    assert re.search(
+        rf"names +accuracy +{100 * accuracy:.2f}?%|names +accuracy +{100 * accuracy:.1f}%", shown
+    ), shown
+    assert re.search(rf"accuracy in top 5 +{100 * top:.1f}", shown), shown
     assert "accuracy in top 5" in shown and "52 captions" in shown
     assert str(path) in shown
 

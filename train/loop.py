@@ -16,6 +16,9 @@ from mm.data.stream import Stream
 from mm.engine import Engine, StepResult
 from mm.errors import UserError
 from mm.log import Log, message
+from mm.run import BAD_SAMPLES
+
+SKIPS_IN_A_ROW = 10
 
 Figures = dict[str, dict[str, float]]
 """Set name -> figure name -> value."""
@@ -90,8 +93,9 @@ class Loop:
         self.write_model = write_model
         self.best = best
         self.keep = keep
-        self.ledger = Ledger(run / "bad_samples.jsonl", state.step) if distributed.is_main() else None
+        self.ledger = Ledger(run / BAD_SAMPLES)
         self.bad: list[dict] = []
+        self.skipped = 0
         self.figures: Figures = {}
         self._restart_clock()
 
@@ -107,6 +111,7 @@ class Loop:
             self.state.step += 1
             self.state.samples = streamed.position_after
             self.bad += [{"step": self.state.step, **entry} for entry in streamed.bad]
+            self._count_skips(result)
             self._after_step(rates, result)
         return self.figures
 
@@ -118,8 +123,6 @@ class Loop:
         evaluated = last or bool(schedule.evaluate_every and step % schedule.evaluate_every == 0)
         better = evaluated and self._evaluate()
         saved = last or better or step % schedule.save_every == 0
-        if saved:
-            self._check_finite(float(result.loss))
         # before the checkpoint: a kill between the two repeats this step and writes the model again
         if better or (last and not self.state.best):
             self.write_model(self.state)
@@ -148,27 +151,32 @@ class Loop:
             **{name: float(value) for name, value in result.figures.items()},
         )
         self.log.progress(state.step, state.samples, self.schedule.samples, loss=float(result.loss), **shown)
-        self._check_finite(float(result.loss))
         self._restart_clock()
 
     def _restart_clock(self) -> None:
         self.clock, self.clock_samples, self.waited = time.perf_counter(), self.state.samples, 0.0
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _count_skips(self, result: StepResult) -> None:
+        """A step whose gradients are not finite left the weights as they were; too many in a row end the run."""
+        self.skipped = self.skipped + 1 if result.skipped else 0
+        if self.skipped:
+            self.log.event("skip", self.state.step, self.state.samples, loss=float(result.loss))
+            message(
+                f"step {self.state.step} skipped: its gradients are not finite (loss {float(result.loss)})"
+            )
+        if self.skipped == SKIPS_IN_A_ROW:
             raise UserError(
-                f"the loss is {loss} at step {self.state.step}: these weights are lost. The checkpoints in "
-                f"{self.run / 'checkpoints'} are from before; start again with a lower optim.lr or a longer "
-                "optim.warmup"
+                f"{self.skipped} steps in a row had gradients that are not finite, up to step {self.state.step}. The "
+                f"newest of {self.run / 'checkpoints'} is from before or among them: start a run from there with a "
+                "lower optim.lr, a longer optim.warmup, or engine.grad_clip"
             )
 
     def _write_ledger(self) -> None:
         entries = [entry for of_rank in distributed.gather_objects(self.bad) for entry in of_rank]
         self.bad = []
-        if not entries or self.ledger is None:
+        if not entries or not distributed.is_main():
             return
-        for entry in sorted(entries, key=lambda entry: entry["position"]):
-            self.ledger.add(entry.pop("step"), [entry])
+        self.ledger.add(entries)
         first = entries[0]
         message(
             f"{len(entries)} samples could not be used and were replaced, such as {first['key']} of "

@@ -23,7 +23,7 @@ from mm.models.folder import save_model
 from mm.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from mm.optim import OptimConfig, learning_rates, parameter_groups
 from mm.report import ReportConfig
-from mm.run import METRICS, check_same_stream, open_run
+from mm.run import BAD_SAMPLES, METRICS, check_same_stream, open_run
 from mm.tasks.contrastive import ContrastiveConfig, ContrastiveTask, PairPreparation
 from train.loop import CheckpointConfig, EvaluationConfig, Figures, Loop, Schedule
 
@@ -141,7 +141,8 @@ def main(argv: list[str]) -> None:
         distributed.on_main(lambda: save_model(run / "model", model, config.model, weights, about))
 
     if distributed.is_main():
-        cut(run / METRICS, state.step if latest else -1)
+        for record in (METRICS, BAD_SAMPLES):
+            cut(run / record, state.step if latest else -1)
     logging = config.log.model_dump()
     with Log(run, **logging, enabled=distributed.is_main(), start=state.step) as log:
         message(describe(config, model, size, stream, state))
