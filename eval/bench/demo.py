@@ -1,9 +1,9 @@
-"""The demo against its controls: `python -m eval.bench.demo [seeds=0,1,2]`.
+"""The demo against its controls: `python -m eval.bench.demo [seeds=[0,1,2]]`.
 
-Trains `configs/demo.yaml` for each seed, once more on another split of the concepts, and once on shuffled captions;
-prints for every figure what chance gives, what the untrained start gives (pretrained towers, random projections), what
-the shuffled captions give and what the demo gives, and whether the demo is at least ten times chance and three
-standard errors above both controls. About four minutes a run on two free cores.
+Trains `configs/demo.yaml` for each seed, and once on shuffled captions. Prints what chance gives, what the untrained
+start gives (pretrained towers, random projections), what the shuffled captions give and what the demo gives, and
+whether that is at least ten times chance and three standard errors above both controls. A few minutes a run; runs that
+are there already are not repeated.
 """
 
 import json
@@ -15,69 +15,66 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mm import program
+from mm.config import Config, parse
+
 RUNS = Path("build/bench/demo")
-FIGURES = {
-    "unseen_artist": ("accuracy", "chance"),
-    "unseen_artist_retrieval": ("text_to_image_recall@1", "text_to_image_chance"),
-    "unseen_concepts": ("accuracy", "chance"),
-    "unseen_concepts_retrieval": ("text_to_image_recall@1", "text_to_image_chance"),
-    "both_unseen": ("accuracy", "chance"),
-    "both_unseen_retrieval": ("text_to_image_recall@1", "text_to_image_chance"),
-}
+SHUFFLED = "data/emoji_shuffled"
+FIGURES = [
+    (f"{group}{kind}", figure, chance)
+    for group in ("unseen_artist", "unseen_concepts", "both_unseen")
+    for kind, figure, chance in (
+        ("", "accuracy", "chance"),
+        ("_retrieval", "image_to_text_recall@1", "image_to_text_chance"),
+        ("_retrieval", "text_to_image_recall@1", "text_to_image_chance"),
+    )
+]
 
 
-def train(name: str, *overrides: str) -> Path:
-    """The run of that name, trained now or before."""
+class DemoConfig(Config):
+    """Which runs."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A run of the demo each."""
+
+
+def main(argv: list[str]) -> None:
+    config = parse(DemoConfig, argv, "eval.bench.demo")
+    options = [
+        "make.options.shuffle_captions=true",
+        f"make.folder={SHUFFLED}",
+        f"data.shards={SHUFFLED}/train",
+    ]
+    _, control = trained("shuffled", *options)
+    table = Table("seed", "set", "figure", box=None)
+    for column in ("chance", "untrained", "shuffled", "trained", "± error", "x chance", "passes"):
+        table.add_column(column, justify="right")
+    for seed in config.seeds:
+        before, after = trained(f"seed_{seed}", f"seed={seed}")
+        for group, figure, chance_of in FIGURES:
+            value, error, chance = (after[group][key] for key in (figure, f"{figure}_error", chance_of))
+            passes = value >= 10 * chance and all(
+                value - other[group][figure] >= 3 * math.hypot(error, other[group][f"{figure}_error"])
+                for other in (before, control)
+            )
+            shares = (chance, before[group][figure], control[group][figure], value, error)
+            shown = [f"{100 * share:.2f}%" for share in shares]
+            table.add_row(
+                str(seed), group, figure, *shown, f"{value / chance:.0f}", "yes" if passes else "NO"
+            )
+    Console(width=150).print(table)
+
+
+def trained(name: str, *overrides: str) -> tuple[dict, dict]:
+    """Figures of the run of that name before its first step and after its last; trained now where it is not yet."""
     run = RUNS / name
-    command = [sys.executable, "-m", "train.pretrain", "configs/demo.yaml", f"out={run}", *overrides]
-    subprocess.run(command, check=True)
-    return run
-
-
-def evaluations(run: Path) -> tuple[dict, dict]:
-    """Figures before the first step and after the last."""
+    if not (run / "report.html").exists():
+        command = [sys.executable, "-m", "train.pretrain", "configs/demo.yaml", f"out={run}", *overrides]
+        subprocess.run(command, check=True)
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     found = [line["figures"] for line in lines if line["event"] == "eval"]
     return found[0], found[-1]
 
 
-def main() -> None:
-    seeds = next((a.removeprefix("seeds=") for a in sys.argv[1:] if a.startswith("seeds=")), "0,1,2").split(
-        ","
-    )
-    shuffled = train(
-        "shuffled",
-        "make.options.shuffle_captions=true",
-        "make.folder=data/emoji_shuffled",
-        "data.shards=data/emoji_shuffled/train",
-    )
-    runs = {f"seed {seed}": train(f"seed_{seed}", f"seed={seed}") for seed in seeds}
-    _, control = evaluations(shuffled)
-    table = Table("run", "set", "figure", box=None)
-    for column in ("chance", "untrained", "shuffled", "trained", "± error", "x chance", "passes"):
-        table.add_column(column, justify="right")
-    good = True
-    for name, run in runs.items():
-        before, after = evaluations(run)
-        for group, (key, chance_key) in FIGURES.items():
-            value, error, chance = after[group][key], after[group][f"{key}_error"], after[group][chance_key]
-            passes = value >= 10 * chance and all(
-                value - other[group][key] >= 3 * math.hypot(error, other[group][f"{key}_error"])
-                for other in (before, control)
-            )
-            good &= passes
-            shares = (chance, before[group][key], control[group][key], value, error)
-            table.add_row(
-                name,
-                group,
-                key,
-                *(f"{100 * x:.2f}%" for x in shares),
-                f"{value / chance:.0f}",
-                "yes" if passes else "NO",
-            )
-    Console(width=160).print(table)
-    sys.exit(0 if good else 1)
-
-
 if __name__ == "__main__":
-    main()
+    program.run(main)
