@@ -14,6 +14,14 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "mm.distributed", "mm.losses", "mm.evaluators"])
 
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def alone() -> dict[str, str]:
+    """The environment for a program of its own: without what `mm.distributed.start` left in that of the tests."""
+    return {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+
+
 class RankFailed(AssertionError):
     """A rank raised, died or did not end in time; the message holds its traceback."""
 

@@ -2,12 +2,15 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from mm import distributed
-from tests.dist import RankFailed, run_ranks
+from tests.dist import RankFailed, alone, run_ranks
+
+ROOT = Path(__file__).parent.parent
 
 
 def gather_with_gradient(dtype_name: str):
@@ -63,6 +66,11 @@ def test_every_call(world):
 
 
 def test_one_process_without_start():
+    program = "from tests.test_distributed import without_start; without_start()"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=alone(), check=True)
+
+
+def without_start():
     x = torch.randn(3, requires_grad=True)
     assert distributed.all_gather(x) is x
     assert distributed.mean(x).tolist() == x.tolist() and not distributed.mean(x).requires_grad
@@ -82,11 +90,8 @@ def test_start_without_launcher_sets_what_deepspeed_reads():
         print(*(os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")))
         distributed.stop()
         assert not dist.is_initialized()"""
-    env = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    }
     done = subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], env=alone(), capture_output=True, text=True, check=True
     )
     rank, world, local_rank, address, port = done.stdout.split()
     assert (rank, world, local_rank, address) == ("0", "1", "0", "127.0.0.1") and int(port) > 0

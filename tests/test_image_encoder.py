@@ -59,6 +59,7 @@ def test_features_are_timms_own_on_normalised_pixels(values):
     trunk.load_state_dict(
         {name.removeprefix("trunk."): value for name, value in encoder.state_dict().items()}
     )
+    normalised = normalised.contiguous(memory_format=torch.channels_last)
     assert torch.equal(encoder(images).pooled, trunk(normalised))
     assert torch.allclose(encoder(images).pooled, encoder(images.float() / 255).pooled)
 

@@ -22,6 +22,7 @@ from mm.data import make
 from mm.data.shards import ShardSet, ShardWriter
 from mm.errors import UserError
 from mm.evaluators import FIGURES
+from tests.dist import alone
 from train import pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +72,7 @@ def program(*arguments, ranks=0, **kwargs):
             f"--nproc-per-node={ranks}",
         ]
         launcher = [*torchrun, "-m", "train.pretrain"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**alone(), "OMP_NUM_THREADS": "1"}
     command = [*launcher, *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs

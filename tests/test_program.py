@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.dist import alone
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -20,7 +22,7 @@ def start(body: str, *argv: str, **env: str) -> subprocess.Popen[str]:
     code += f"def main(argv):\n{lines}\nrun(main)\n"
     return subprocess.Popen(
         [sys.executable, "-c", code, *argv],
-        cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=alone() | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

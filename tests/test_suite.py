@@ -1,6 +1,5 @@
 import io
 import json
-import os
 import random
 import re
 import subprocess
@@ -20,6 +19,7 @@ from mm.errors import UserError
 from mm.evaluators import RetrievalConfig, open_set
 from mm.models.folder import save_model
 from mm.models.two_tower import TwoTowerConfig, build_two_tower
+from tests.dist import alone as alone_environ
 from tests.test_evaluators import COLOURS, NAMES, png
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,7 @@ def test_two_ranks_give_the_same_bits(place):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*torchrun, "-m", "eval.suite", *arguments, f"out={place}/two.json"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env={**alone_environ(), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results in") == 1
