@@ -23,9 +23,9 @@ from pydantic import Field
 import mm
 from mm import checkpoint, distributed, program
 from mm.config import Config, parse
-from mm.data.shards import write_atomically
 from mm.errors import UserError
 from mm.evaluators import EvaluatorConfig, evaluate
+from mm.files import write_atomically
 from mm.models.two_tower import TwoTower
 from mm.report.console import show
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from mm import distributed
 from mm.engine import Engine
 from mm.errors import UserError
+from mm.files import sync
 from mm.tensorfile import TensorFile, damage
 from mm.zero import MOMENTS
 
@@ -74,7 +75,7 @@ def save(run: Path, state: TrainState, engine: Engine) -> Path:
         content = {**dataclasses.asdict(state), "optimizer_steps": steps, "files": files}
         content["sha256"] = _digest(content)
         _write(temporary / "state.json", json.dumps(content, indent=1).encode())
-        _sync_folder(temporary)
+        sync(temporary)
         _put(temporary, final)
 
     try:
@@ -336,14 +337,6 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _put(temporary: Path, final: Path) -> None:
     """Give a finished folder its name; one that has the name already goes only once the new one is there."""
     old = final.with_name(f".{final.name}.old")
@@ -356,7 +349,7 @@ def _put(temporary: Path, final: Path) -> None:
         if old.exists():
             os.rename(old, final)
         raise
-    _sync_folder(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

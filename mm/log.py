@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from mm.config import Config
 from mm.errors import UserError
+from mm.files import write_atomically
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -154,12 +154,7 @@ def cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_until(line, step)]
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as new:
-        new.writelines(kept)
-        new.flush()
-        os.fsync(new.fileno())
-    Path(new.name).chmod(path.stat().st_mode)
-    Path(new.name).replace(path)
+    write_atomically(path, b"".join(kept))
 
 
 def _is_until(line: bytes, step: int) -> bool:

@@ -8,8 +8,8 @@ from typing import IO, Any
 
 from mm import distributed
 from mm.config import Config, differences, dump, load, plain
-from mm.data.shards import write_atomically
 from mm.errors import UserError
+from mm.files import write_atomically
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"

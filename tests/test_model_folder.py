@@ -114,7 +114,7 @@ def test_a_second_save_replaces_the_first_and_leaves_nothing(saved):
     assert load_model(saved).image.spec["name"] == "resnet10t"
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_sync"])
+@pytest.mark.parametrize("broken", ["save_file", "sync"])
 def test_a_save_that_fails_leaves_the_earlier_model(saved, monkeypatch, broken):
     before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
 

@@ -27,14 +27,15 @@ LIBRARIES = {
 # module -> what it may import of mm
 KNOWS = {
     "mm.errors": (),
-    "mm.config": ("mm.config", "mm.config_", "mm.errors"),
+    "mm.files": (),
+    "mm.config": ("mm.config", "mm.errors"),
     "mm.distributed": ("mm.errors",),
     "mm.losses": ENCODERS,
     "mm.metrics": ENCODERS,
     "mm.fusion": ENCODERS,
     "mm.encoders": ENCODERS,
-    "mm.models": (*MODELS, "mm.data.transforms", "mm.data.decode"),
-    "mm.data": (*BASE, "mm.data", "mm.log", "mm.program"),
+    "mm.models": (*MODELS, "mm.files", "mm.data.transforms", "mm.data.decode"),
+    "mm.data": (*BASE, "mm.files", "mm.data", "mm.log", "mm.program"),
     "mm.tasks": TASKS,
 }
 TORCH_ONLY = ("mm.losses", "mm.metrics", "mm.fusion", "mm.encoders")

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import tarfile
-import tempfile
 from pathlib import Path
 
 from mm.errors import UserError
@@ -107,29 +106,6 @@ def index_text(path: str) -> bytes:
 def index_path(shard: str) -> str:
     """`NAME.idx` for `NAME.tar`."""
     return str(Path(shard).with_suffix(".idx"))
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """The file is there whole or not at all, also after a crash."""
-    descriptor, temporary = tempfile.mkstemp(
-        dir=os.path.dirname(os.path.abspath(path)), prefix=".", suffix=".partial"
-    )
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def open_index(path: str, tar_size: int) -> ShardIndex:

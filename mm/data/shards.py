@@ -29,9 +29,9 @@ from mm.data.index import (
     index_text,
     is_inside,
     open_index,
-    write_atomically,
 )
 from mm.errors import UserError
+from mm.files import write_atomically
 
 
 @dataclass(frozen=True)

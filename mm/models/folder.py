@@ -7,7 +7,6 @@ tokenizer/          the tokenizer's files, where its library does not bring them
 
 import importlib.metadata
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from mm.encoders.image import image_encoder
 from mm.encoders.text import text_encoder
 from mm.errors import UserError
+from mm.files import sync
 from mm.models.two_tower import TwoTower, TwoTowerConfig
 
 FORMAT = 1
@@ -71,12 +71,12 @@ def save_model(
         (fresh / TOKENIZER).mkdir()
         model.text.tokenizer.save(fresh / TOKENIZER)
         for path in [*fresh.rglob("*"), fresh]:
-            _sync(path)
+            sync(path)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         fresh.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -134,11 +134,3 @@ def _restore(folder: Path) -> None:
     """Undo a replacement that was cut off between its two renames."""
     if not folder.exists() and (_old(folder) / DESCRIPTION).is_file():
         _old(folder).rename(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -52,7 +52,7 @@ def write(run: Path, gallery: "Gallery | None" = None) -> Path:
         UserError: the folder holds no run.
     """
     # matplotlib costs half a second, which a start of training need not wait for
-    from mm.data.shards import write_atomically
+    from mm.files import write_atomically
     from mm.report import history, page
 
     run = Path(run)
