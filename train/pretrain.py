@@ -171,7 +171,11 @@ def main(argv: list[str]) -> None:
         if distributed.is_main():
             page = report.write(run, gallery)
             report.show(run)
-            message(f"done: {run}\n  weights  {run / 'model'}\n  report   {page}")
+            message(
+                f"done: {run}\n  weights   {run / 'model'}, opened by mm.load({str(run)!r})\n  report    {page}\n"
+                f"  evaluate  python -m eval.suite configs/eval/SUITE.yaml model={run}\n"
+                f"  curves    tensorboard --logdir {run}"
+            )
 
 
 def make_data(config: MakeConfig | None) -> None:

@@ -23,4 +23,7 @@ def show(after: Figures, before: Figures | None = None) -> None:
             grid.add_row(name, row.label, *([row.before] if before else []), *values)
             name = ""
         grid.add_row("", counts(figures), style="dim")
-    Console().print(grid)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console.width = 140
+    console.print(grid)
