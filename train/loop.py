@@ -96,11 +96,10 @@ class Loop:
         self.ledger = Ledger(run / BAD_SAMPLES)
         self.bad: list[dict] = []
         self.skipped = 0
-        self.figures: Figures = {}
         self._restart_clock()
 
-    def __call__(self) -> Figures:
-        """Train to the end; the figures of the last evaluation."""
+    def __call__(self) -> None:
+        """Train to the end."""
         batches = iter(self.stream)
         while self.state.step < self.schedule.steps:
             asked = time.perf_counter()
@@ -113,7 +112,6 @@ class Loop:
             self.bad += [{"step": self.state.step, **entry} for entry in streamed.bad]
             self._count_skips(result)
             self._after_step(rates, result)
-        return self.figures
 
     def _after_step(self, rates: Mapping[str, float], result: StepResult) -> None:
         step, schedule = self.state.step, self.schedule
@@ -134,8 +132,8 @@ class Loop:
     def _log_step(self, rates: Mapping[str, float], result: StepResult) -> None:
         state = self.state
         seconds = time.perf_counter() - self.clock
-        shown = {
-            "loss": float(result.loss),
+        loss = float(result.loss)
+        pace = {
             "samples_per_s": (state.samples - self.clock_samples) / seconds,
             "data_wait": self.waited / seconds,
         }
@@ -144,13 +142,13 @@ class Loop:
             "train",
             state.step,
             state.samples,
-            loss=shown.pop("loss"),
+            loss=loss,
             lr=rates["head"],
             grad_norm=float(result.grad_norm),
-            **shown,
+            **pace,
             **{name: float(value) for name, value in result.figures.items()},
         )
-        self.log.progress(state.step, state.samples, self.schedule.samples, loss=float(result.loss), **shown)
+        self.log.progress(state.step, state.samples, self.schedule.samples, loss=loss, **pace)
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -185,11 +183,11 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Evaluate; whether the best metric got better."""
-        self.figures = self.evaluate()
-        self.log.event("eval", self.state.step, self.state.samples, figures=self.figures)
+        figures = self.evaluate()
+        self.log.event("eval", self.state.step, self.state.samples, figures=figures)
         if not self.best:
             return False
-        value = figure(self.figures, self.best)
+        value = figure(figures, self.best)
         name, before = self.best, self.state.best.get("value")
         lower_is_better = name.rpartition("/")[2].endswith("loss")
         if not math.isfinite(value):
