@@ -1,17 +1,21 @@
 # make demo    .venv -> real data -> pretrain -> zero-shot evaluation -> report
 # make test    .venv -> lint, types, tests
+# make chaos   .venv -> the reliability tests at full length: a hundred kills, a thousand damaged shards (an hour or two)
 # make bench   .venv -> side by side with open_clip's trainer; the table of what is measured
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint chaos bench
 
 demo: .venv/.installed-demo
 	$(BIN)/python -m train.pretrain configs/demo.yaml
 
 test: lint
 	$(BIN)/python -m pytest
+
+chaos: .venv/.installed-dev
+	MM_CHAOS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=0 -rP tests/test_chaos.py tests/test_damage.py tests/test_hostile.py
 
 bench: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m eval.bench

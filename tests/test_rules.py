@@ -35,6 +35,7 @@ KNOWS = {
     "mm.fusion": ENCODERS,
     "mm.encoders": ENCODERS,
     "mm.models": (*MODELS, "mm.files", "mm.data.transforms", "mm.data.decode"),
+    "mm.data.curation": (*BASE, "mm.files", "mm.data", "mm.log", "mm.program", "mm.models", "mm.report"),
     "mm.data": (*BASE, "mm.files", "mm.data", "mm.log", "mm.program"),
     "mm.tasks": TASKS,
 }
