@@ -72,10 +72,10 @@ def index(argv: list[str]) -> None:
     if not argv or "-h" in argv or "--help" in argv:
         print(INDEX_HELP, end="")
         return
-    from mm.data.shards import index_shards
+    from mm.data.catalog import index_shards
 
-    counts = index_shards(argv)
-    print(f"indexed {len(counts):,} shards with {sum(counts.values()):,} samples")
+    found = index_shards(argv)
+    print(f"indexed {len(found):,} shards with {found.samples:,} samples")
 
 
 def report(argv: list[str]) -> None:

@@ -10,8 +10,9 @@ import torch
 from eval.bench import open_clip_parity, overhead, parity_data, peer, step_speed
 from eval.bench.__main__ import main as whole_table
 from eval.bench.measure import Row, in_turns, paired_ratio, table, walls
-from mm.data.shards import ShardSet, ShardWriter
+from mm.data.shards import ShardSet
 from mm.data.stream import Stream, StreamConfig
+from mm.data.writer import ShardWriter
 from mm.models.two_tower import TwoTowerConfig, build_two_tower
 from train.pretrain import PretrainConfig
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from mm import config as mm_config
 from mm import distributed, evaluators, losses, metrics
-from mm.data.shards import ShardWriter
 from mm.data.transforms import EvalTransform
+from mm.data.writer import ShardWriter
 from mm.errors import UserError
 from mm.evaluators import ClassificationConfig, LossConfig, RetrievalConfig, evaluate, retrieve
 from tests.dist import run_ranks

@@ -19,7 +19,8 @@ from eval import suite
 from mm import checkpoint
 from mm.config import load
 from mm.data import make
-from mm.data.shards import ShardSet, ShardWriter
+from mm.data.shards import ShardSet
+from mm.data.writer import ShardWriter
 from mm.errors import UserError
 from mm.evaluators import FIGURES
 from tests.dist import alone

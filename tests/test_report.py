@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from mm import report
-from mm.data.shards import ShardSet, ShardWriter
+from mm.data.shards import ShardSet
+from mm.data.writer import ShardWriter
 from mm.errors import UserError
 from mm.evaluators import ClassificationConfig, Ranking, RetrievalConfig
 from mm.report import ReportConfig, figures, history

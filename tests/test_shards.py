@@ -5,12 +5,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import webdataset
 
+from mm.data.catalog import index_shards
 from mm.data.decode import BadSample
 from mm.data.index import ShardIndex, index_text
-from mm.data.shards import ShardSet, ShardWriter, expand, index_shards, read_sizes
-from mm.errors import UserError
+from mm.data.shards import ShardSet
+from mm.data.writer import ShardWriter
 
 
 def samples_of(count: int, start: int = 0) -> list[tuple[str, dict[str, bytes]]]:
@@ -56,12 +56,6 @@ def test_written_shards_read_back(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_webdataset_reads_the_same(tmp_path: Path) -> None:
-    samples = write(tmp_path, 10, per_shard=10)
-    theirs = webdataset.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False)
-    assert [(s["__key__"], {"jpg": s["jpg"], "txt": s["txt"]}) for s in theirs] == samples
-
-
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_in_every_tar_layout(tmp_path: Path, layout: int) -> None:
     names = ["a/b.c/0001", "./0002", "ключ" if layout != tarfile.USTAR_FORMAT else "key"]
@@ -89,64 +83,6 @@ def test_only_regular_members_inside_the_shard_count(tmp_path: Path) -> None:
         directory.type = tarfile.DIRTYPE
         tar.addfile(directory)
     assert read_all(ShardSet(str(tmp_path / "x.tar"))) == [("good", {"jpg": b"data"})]
-
-
-def test_patterns(tmp_path: Path) -> None:
-    for name in ("00.tar", "01.tar", "02.tar", "other.txt"):
-        (tmp_path / name).write_bytes(b"")
-    every = [str(tmp_path / name) for name in ("00.tar", "01.tar", "02.tar")]
-    assert expand(str(tmp_path)) == every
-    assert expand(f"{tmp_path}/*.tar") == every
-    assert expand(f"{tmp_path}/{{00..02}}.tar") == every
-    assert expand(f"{tmp_path}/{{00,02}}.tar") == [every[0], every[2]]
-    assert expand([every[1], every[0], str(tmp_path)]) == every
-    with pytest.raises(UserError, match=r"03\.tar"):
-        expand(f"{tmp_path}/{{00..03}}.tar")
-    (tmp_path / "none").mkdir()
-    for pattern in (f"{tmp_path}/none", f"{tmp_path}/*.zip", []):
-        with pytest.raises(UserError, match="no shards"):
-            expand(pattern)
-
-
-def test_files_that_are_no_whole_tar_are_named(tmp_path: Path) -> None:
-    write(tmp_path, 5)
-    good = (tmp_path / "shard-000000.tar").read_bytes()
-    second = index_text(str(tmp_path / "shard-000000.tar"))
-    last_end = max(sum(place) for place in ShardIndex(second)[4][1].values())
-    for data, reason in [
-        (b"", "is empty"),
-        (b"not a tar at all" * 100, "not a whole tar"),
-        (b"x", "not a whole tar"),
-        (good[: last_end - 1], "not a whole tar"),
-        (good[:1000] + b"\xff" * 3000 + good[4000:], "not a whole tar"),
-    ]:
-        (tmp_path / "bad.tar").write_bytes(data)
-        with pytest.raises(UserError, match=reason) as caught:
-            index_shards(str(tmp_path / "bad.tar"))
-        assert "bad.tar" in str(caught.value)
-
-
-def test_a_stale_table_of_sizes_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    write(folder, 15)
-    assert read_sizes(str(folder)) == {str(folder / f"shard-{i:06d}.tar"): n for i, n in enumerate((7, 7, 1))}
-    (folder / "extra.tar").write_bytes((folder / "shard-000000.tar").read_bytes())
-    with pytest.raises(UserError, match=rf"extra\.tar; run: mm data index {folder}"):
-        read_sizes(str(folder))
-    (folder / "extra.tar").unlink()
-    os.rename(folder / "shard-000001.tar", tmp_path / "away.tar")
-    with pytest.raises(UserError, match=rf"shard-000001\.tar.*mm data index {folder}"):
-        read_sizes(str(folder))
-    assert list(index_shards(str(folder)).values()) == [7, 1]
-    assert len(ShardSet(str(folder))) == 8
-    (folder / "sizes.json").write_text('{"shard-000000.tar": 6, "shard-000002.tar": 1}')
-    with pytest.raises(UserError, match="holds 7 samples, but 6 were expected; run: mm data index"):
-        ShardSet(str(folder))[0]
-    (folder / "sizes.json").write_text("[]")
-    with pytest.raises(UserError, match="mm data index"):
-        read_sizes(str(folder))
-    (folder / "sizes.json").unlink()
-    assert read_sizes(str(folder)) is None and len(ShardSet(str(folder))) == 8
 
 
 def test_stale_and_foreign_indexes_are_not_used(tmp_path: Path) -> None:
@@ -199,18 +135,3 @@ def test_a_fork_reads_with_its_own_files(tmp_path: Path) -> None:
         os._exit(0 if read_all(shards) == samples else 1)
     shards.close()
     assert os.waitpid(child, 0)[1] == 0
-
-
-def test_a_broken_off_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path, max_samples=2) as writer:
-        for key, members in samples_of(3):
-            writer.add(key, members)
-        raise RuntimeError
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-000000.idx", "shard-000000.tar"]
-    with ShardWriter(tmp_path / "b", max_bytes=5000) as writer:
-        for i in range(4):
-            writer.add(str(i), {"bin": b"x" * 3000})
-    assert list(writer.sizes.values()) == [1, 1, 1, 1]
-    for key in ("a.b", "../a", "a/../../b", ""):
-        with ShardWriter(tmp_path / "c") as writer, pytest.raises(UserError, match="cannot be the name"):
-            writer.add(key, {"jpg": b""})

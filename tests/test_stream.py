@@ -21,9 +21,10 @@ from PIL import Image
 from mm.data import stream as stream_module
 from mm.data.decode import BadSample, captions, image, image_member
 from mm.data.index import ShardIndex, index_text
-from mm.data.shards import Sample, ShardWriter
+from mm.data.shards import Sample
 from mm.data.stream import Stream, StreamBatch, StreamConfig, choose_lanes
 from mm.data.transforms import AugmentConfig, TrainTransform
+from mm.data.writer import ShardWriter
 from mm.errors import UserError
 
 TRANSFORM = TrainTransform(16, AugmentConfig(scale=(0.3, 1.0), flip=0.5))

@@ -14,7 +14,7 @@ from PIL import Image
 import mm
 from eval import suite
 from mm import config as mm_config
-from mm.data.shards import ShardWriter
+from mm.data.writer import ShardWriter
 from mm.errors import UserError
 from mm.evaluators import RetrievalConfig, open_set
 from mm.models.folder import save_model

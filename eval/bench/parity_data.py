@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torchvision.transforms.v2.functional import to_pil_image
 
 from mm.data import decode
-from mm.data.shards import ShardSet, ShardWriter
+from mm.data.shards import ShardSet
 from mm.data.stream import Stream, StreamConfig
 from mm.data.transforms import AugmentConfig, EvalTransform, TrainTransform
+from mm.data.writer import ShardWriter
 from mm.encoders.image import ImageConfig, build_image_encoder
 
 

@@ -102,10 +102,10 @@ def holds_shards(path: Path) -> bool:
 
 
 def _index(shards: str) -> Path:
-    from mm.data.shards import index_shards
+    from mm.data.catalog import index_shards
 
-    counts = index_shards(shards)
-    print(f"{shards}: {len(counts):,} shards with {sum(counts.values()):,} samples, indexed where they are")
+    found = index_shards(shards)
+    print(f"{shards}: {len(found):,} shards with {found.samples:,} samples, indexed where they are")
     return Path(shards)
 
 

@@ -1,37 +1,19 @@
-"""Shards: webdataset tars, read at random by the offsets of their members, and written atomically.
+"""Shards: webdataset tars, read at random by the offsets of their members (see `index`)."""
 
-Beside `NAME.tar` lies `NAME.idx` (see `index`), and beside all shards of a folder `sizes.json` (shard file
-name -> samples).
-"""
-
-import glob
-import json
 import os
-import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from itertools import product
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mm.data.catalog import Catalog, index_shards, read_catalog
 from mm.data.decode import BadSample
-from mm.data.index import (
-    BLOCK,
-    NAME,
-    ShardIndex,
-    index_path,
-    index_text,
-    is_inside,
-    open_index,
-)
+from mm.data.index import BLOCK, ShardIndex, open_index
+from mm.data.remote import RemoteConfig
 from mm.errors import UserError
-from mm.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -43,122 +25,6 @@ class Sample:
     members: dict[str, bytes]
 
 
-def expand(patterns: str | Sequence[str]) -> list[str]:
-    """Paths of the shards that folders, globs, braces (`{00..12}`, `{a,b}`) or a list of these name, sorted.
-
-    Raises:
-        UserError: nothing matches, or a shard named outright does not exist.
-    """
-    found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for path in _braces(os.path.expanduser(str(pattern))):
-            if os.path.isdir(path):
-                matches = sorted(str(entry) for entry in Path(path).glob("*.tar"))
-            else:
-                matches = [path] if os.path.exists(path) else glob.glob(path)
-            if not matches:
-                raise UserError(
-                    f"no shards: {path!r} is neither a .tar file nor a folder or pattern that holds one"
-                )
-            found.update(os.path.normpath(match) for match in matches)
-    if not found:
-        raise UserError("no shards were named; give a folder, a pattern or a list of .tar files")
-    return sorted(found)
-
-
-def _braces(pattern: str) -> list[str]:
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices: list[list[str]] = []
-    for i, part in enumerate(parts):
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-        if i % 2 == 0:
-            choices.append([part])
-        elif numbers:
-            first, last = numbers.groups()
-            choices.append([str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)])
-        else:
-            choices.append(part.split(","))
-    return ["".join(parts) for parts in product(*choices)]
-
-
-def index_shards(shards: str | Sequence[str], write: bool = True) -> dict[str, int]:
-    """Index shards that exist (of img2dataset, webdataset, ...): `mm data index`.
-
-    Writes `NAME.idx` beside each shard and one `sizes.json` a folder, which keeps the entries of shards that
-    were not named as long as they exist.
-
-    Args:
-        shards: what `expand` takes.
-        write: False counts only, and touches nothing.
-
-    Returns:
-        path of the shard -> samples.
-
-    Raises:
-        UserError: a shard is missing, empty, not a tar, or cut short.
-    """
-    counts: dict[str, int] = {}
-    for path in expand(shards):
-        text = index_text(path)
-        counts[path] = ShardIndex(text).samples
-        if write:
-            write_atomically(index_path(path), text)
-    if write:
-        for folder in {os.path.dirname(path) for path in counts}:
-            _write_sizes(folder, {path: n for path, n in counts.items() if os.path.dirname(path) == folder})
-    return counts
-
-
-def _write_sizes(folder: str, counts: Mapping[str, int]) -> None:
-    path = Path(folder) / "sizes.json"
-    known: dict[str, int] = {}
-    if path.exists():
-        known = {name: n for name, n in _read_sizes(path).items() if (Path(folder) / name).exists()}
-    known.update({os.path.basename(shard): n for shard, n in counts.items()})
-    write_atomically(path, (json.dumps(dict(sorted(known.items())), indent=0) + "\n").encode())
-
-
-def _read_sizes(path: Path) -> dict[str, int]:
-    try:
-        sizes = json.loads(path.read_text())
-    except ValueError:
-        sizes = None
-    if not isinstance(sizes, dict) or not all(type(n) is int and n >= 0 for n in sizes.values()):
-        raise UserError(f"{path} is not a table of shard name -> samples; run: mm data index {path.parent}")
-    return sizes
-
-
-def read_sizes(shards: str | Sequence[str]) -> dict[str, int] | None:
-    """Path -> samples from the `sizes.json` of the shards' folders; None where a folder has no such file.
-
-    Raises:
-        UserError: a `sizes.json` does not fit the shards that are there.
-    """
-    counts: dict[str, int] = {}
-    tables: dict[str, dict[str, int]] = {}
-    for path in expand(shards):
-        folder, name = os.path.split(path)
-        if folder not in tables:
-            table = Path(folder) / "sizes.json"
-            if not table.exists():
-                return None
-            tables[folder] = _read_sizes(table)
-        if name not in tables[folder]:
-            raise UserError(
-                f"{folder or '.'}/sizes.json does not list {name}; run: mm data index {folder or '.'}"
-            )
-        counts[path] = tables[folder][name]
-    for pattern in [shards] if isinstance(shards, str) else shards:
-        folder = os.path.normpath(os.path.expanduser(pattern))
-        missing = sorted(n for n in tables.get(folder, {}) if os.path.join(folder, n) not in counts)
-        if os.path.isdir(folder) and missing:
-            raise UserError(
-                f"{folder}/sizes.json lists {len(missing)} shards that are not there, {missing[0]} among "
-                f"them; fetch them, or run: mm data index {folder}"
-            )
-    return counts
-
-
 class ShardSet:
     """All samples of some shards, each read by its offsets. `len`, `[i]`, iteration in shard order, `read`.
 
@@ -166,27 +32,43 @@ class ShardSet:
     """
 
     def __init__(
-        self, shards: str | Sequence[str], sizes: Mapping[str, int] | None = None, open_shards: int = 256
+        self,
+        shards: str | Sequence[str] | Catalog,
+        remote: RemoteConfig | None = None,
+        open_shards: int = 256,
     ):
         """
         Args:
-            shards: what `expand` takes.
-            sizes: path -> samples; by default from `sizes.json`, or by scanning where there is none.
+            shards: what `expand` takes, counted by opening each where there is no `sizes.json`; or a catalog,
+                whose sizes may be unknown: then only `read`, `name` and `count` serve.
+            remote: how those behind URLs are fetched.
             open_shards: most files kept open at a time.
         """
-        if sizes is None:
-            sizes = read_sizes(shards)
-        if sizes is None:
-            sizes = index_shards(shards, write=False)
-        self.paths = list(sizes)
-        self.sizes = np.array([sizes[path] for path in self.paths], dtype=np.int64)
-        self._ends = np.cumsum(self.sizes)
+        if not isinstance(shards, Catalog):
+            found = read_catalog(shards, remote)
+            shards = found if found.sizes is not None else index_shards(shards, write=False, remote=remote)
+        self.paths = shards.paths
+        self._sizes = shards.sizes
+        self._ends = np.cumsum(np.zeros(0, np.int64) if shards.sizes is None else shards.sizes)
         self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
         self._open_shards = open_shards
         self._pid = os.getpid()
 
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Samples of each shard."""
+        assert self._sizes is not None, "the shards have no sizes.json: use `count`"
+        return self._sizes
+
+    def count(self, shard: int) -> int:
+        """Samples of a shard, which is opened to see."""
+        return self._shard(shard)[1].samples
+
+    def will_need(self, shards: Iterable[int]) -> None:
+        """Start to fetch those of the shards that lie elsewhere, the first first; replaces what was asked before."""
+
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1]) if len(self.sizes) else 0
 
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < len(self):
@@ -242,9 +124,9 @@ class ShardSet:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             table = open_index(path, os.fstat(descriptor).st_size)
-            if table.samples != self.sizes[shard]:
+            if self._sizes is not None and table.samples != self._sizes[shard]:
                 raise UserError(
-                    f"shard {path} holds {table.samples} samples, but {self.sizes[shard]} were expected; "
+                    f"shard {path} holds {table.samples} samples, but {self._sizes[shard]} were expected; "
                     f"run: mm data index {os.path.dirname(path) or '.'}"
                 )
         except BaseException:
@@ -270,72 +152,3 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": OrderedDict()}
-
-
-class ShardWriter:
-    """Writes samples into shards `folder/prefix-000000.tar`, ...; each appears whole, with its index.
-
-    The same samples give the same bytes. `sizes.json` is written at the end; leaving the `with` block by an
-    exception keeps the finished shards and drops the one being written.
-    """
-
-    def __init__(
-        self, folder: str | Path, prefix: str = "shard", max_samples: int = 1000, max_bytes: int = 2**30
-    ):
-        self.folder, self.prefix = Path(folder), prefix
-        self.max_samples, self.max_bytes = max_samples, max_bytes
-        self.sizes: dict[str, int] = {}
-        self._samples = 0
-        self._temporary: Path | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append a sample. key: without dots in its last part; members: extension -> bytes."""
-        if self._temporary is not None and (
-            self._samples >= self.max_samples
-            or self._tar.offset + sum(map(len, members.values())) > self.max_bytes
-        ):
-            self._finish()
-        if self._temporary is None:
-            self._start()
-        for extension, data in members.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            name = NAME.match(info.name)
-            if not name or name.groups() != (key, extension.lower()) or not is_inside(info.name):
-                raise UserError(
-                    f"{info.name!r} cannot be the name of a member: a key has no dots or '..' in it"
-                )
-            info.size = len(data)
-            self._tar.addfile(info, BytesIO(data))
-        self._samples += 1
-
-    def _start(self) -> None:
-        self._temporary = self.folder / f".{self.prefix}-{len(self.sizes):06d}.tar.{os.getpid()}.partial"
-        self._tar = tarfile.open(self._temporary, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-
-    def _finish(self) -> None:
-        assert self._temporary is not None
-        self._tar.close()
-        name = f"{self.prefix}-{len(self.sizes):06d}.tar"
-        write_atomically(index_path(str(self.folder / name)), index_text(str(self._temporary)))
-        os.replace(self._temporary, self.folder / name)
-        self.sizes[name] = self._samples
-        self._samples, self._temporary = 0, None
-
-    def close(self) -> None:
-        """Finish the last shard and write `sizes.json`."""
-        if self._temporary is not None:
-            self._finish()
-        _write_sizes(str(self.folder), self.sizes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        elif self._temporary is not None:
-            self._tar.close()
-            self._temporary.unlink()

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mm import distributed
 from mm.config import Config
+from mm.data.catalog import Catalog, index_shards, read_catalog
 from mm.data.decode import BadSample
 from mm.data.index import index_path
 from mm.data.order import Order, mix
-from mm.data.shards import Sample, ShardSet, expand, index_shards, read_sizes
+from mm.data.shards import Sample, ShardSet
 from mm.errors import UserError
 
 Prepare = Callable[[Sample, random.Random], Any]
@@ -94,8 +95,8 @@ class Stream:
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
         check_shares(global_batch, self.world_size, micro_batches)
-        sizes, self.warnings = find_sizes(config.shards)
-        shards = ShardSet(config.shards, sizes)
+        catalog, self.warnings = find_sizes(config.shards)
+        shards = ShardSet(catalog)
         if not len(shards):
             raise UserError(f"the shards of {config.shards} hold no samples, {shards.paths[0]} among them")
         self.samples = len(shards)
@@ -163,38 +164,40 @@ def choose_lanes(global_batch: int, most: int, samples: int) -> int:
     return next(lanes for lanes in range(limit, 0, -1) if global_batch % lanes == 0)
 
 
-def find_sizes(patterns: str | list[str]) -> tuple[dict[str, int], list[str]]:
-    """Path -> samples of the shards, from `sizes.json` or else by indexing on rank 0, and remarks.
+def find_sizes(patterns: str | list[str]) -> tuple[Catalog, list[str]]:
+    """The shards and their sizes, from `sizes.json` or else by indexing on rank 0, and remarks.
 
     The same on all ranks; so is the UserError for shards that are missing or damaged.
     """
     found: dict[str, Any] = {}
     if distributed.rank() == 0:
         try:
-            sizes, remarks = _find_sizes(patterns)
+            catalog, remarks = _find_sizes(patterns)
+            assert catalog.sizes is not None
+            sizes = dict(zip(catalog.paths, catalog.sizes.tolist(), strict=True))
             found = {"sizes": sizes, "remarks": remarks}
         except UserError as error:
             found = {"error": str(error)}
     found = distributed.broadcast_object(found)
     if "error" in found:
         raise UserError(found["error"])
-    return found["sizes"], found["remarks"]
+    return Catalog.of(found["sizes"]), found["remarks"]
 
 
-def _find_sizes(patterns: str | list[str]) -> tuple[dict[str, int], list[str]]:
-    sizes = read_sizes(patterns)
-    if sizes is not None:
-        return sizes, []
-    folder = os.path.dirname(expand(patterns)[0]) or "."
+def _find_sizes(patterns: str | list[str]) -> tuple[Catalog, list[str]]:
+    found = read_catalog(patterns)
+    if found.sizes is not None:
+        return found, []
+    folder = os.path.dirname(found.paths[0]) or "."
     try:
-        sizes = index_shards(patterns)
-        return sizes, [
-            f"{folder} had no sizes.json: {len(sizes)} shards were indexed, the index written beside them"
+        found = index_shards(patterns)
+        return found, [
+            f"{folder} had no sizes.json: {len(found)} shards were indexed, the index written beside them"
         ]
     except OSError as error:  # not ours to write
-        sizes = index_shards(patterns, write=False)
-        return sizes, [
-            f"{folder} has no sizes.json and cannot be written ({error.strerror}): {len(sizes)} shards were "
+        found = index_shards(patterns, write=False)
+        return found, [
+            f"{folder} has no sizes.json and cannot be written ({error.strerror}): {len(found)} shards were "
             "indexed in memory, and will be again by every run; run `mm data index` where it can be written"
         ]
 

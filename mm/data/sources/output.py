@@ -146,7 +146,7 @@ def members(pair: Pair) -> dict[str, bytes]:
 
 def write_training_set(folder: Path, pairs: Iterable[Pair], samples_per_shard: int) -> tuple[int, int]:
     """Shards of pairs in the order given; returns the number of images and of captions."""
-    from mm.data.shards import ShardWriter
+    from mm.data.writer import ShardWriter
 
     images = captions = 0
     with ShardWriter(folder, max_samples=samples_per_shard) as shards:
@@ -164,7 +164,8 @@ def write_evaluation_set(
 
     labels: of each pair the index into names.
     """
-    from mm.data.shards import ShardWriter, index_shards
+    from mm.data.catalog import index_shards
+    from mm.data.writer import ShardWriter
 
     if not pairs:
         return
