@@ -21,6 +21,10 @@ LONGEST_NAME = 4096  # bytes; members with longer names are ignored
 NAME = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]+)$", re.DOTALL)
 
 
+class DamagedShard(UserError):
+    """A shard that is empty, no tar, or cut short."""
+
+
 def scan(path: str) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     """Samples of a tar as (key, {extension: (offset, size)}), from its headers alone.
 
@@ -28,12 +32,13 @@ def scan(path: str) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     links, devices and names that climb out of the shard (`../x`, `/x`) are ignored.
 
     Raises:
-        UserError: the file is missing, empty, not a tar, or cut short.
+        UserError: the file is missing.
+        DamagedShard: it is empty, not a tar, or cut short.
     """
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
     try:
         if os.path.getsize(path) == 0:
-            raise UserError(f"shard {path} is empty (0 bytes): delete it or fetch it again")
+            raise DamagedShard(f"shard {path} is empty (0 bytes): delete it or fetch it again")
         with tarfile.open(path, "r:", errors="replace") as tar:
             tar_size = os.path.getsize(path)
             while (member := tar.next()) is not None:
@@ -58,7 +63,7 @@ def scan(path: str) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     except (tarfile.TarError, EOFError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
+        raise DamagedShard(
             f"shard {path} is not a whole tar file ({error}): delete it or fetch it again"
         ) from error
     return samples
