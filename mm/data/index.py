@@ -44,7 +44,7 @@ def scan(path: str) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     try:
         if os.path.getsize(path) == 0:
             raise DamagedShard(f"shard {path} is empty (0 bytes): delete it or fetch it again")
-        with open_regular(path) as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             headers = _Headers(file)
             tar = tarfile.open(  # noqa: SIM115
                 fileobj=headers,  # type: ignore[call-overload]
@@ -98,13 +98,13 @@ class _Headers:
         return self._file.read(count)
 
 
-def open_regular(path: str) -> BinaryIO:
-    """The file, opened to be read. UserError for a pipe, a device, a folder, which might never end."""
+def open_regular(path: str) -> int:
+    """A descriptor of the file. UserError for a pipe, a device, a folder, which might never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(f"{path} is not a file (a folder, a pipe or a device); remove it, or leave it out")
-    return os.fdopen(descriptor, "rb")
+    return descriptor
 
 
 def is_inside(name: str) -> bool:

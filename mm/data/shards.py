@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from mm.data.catalog import Catalog, index_shards, read_catalog
 from mm.data.decode import BadSample
-from mm.data.index import BLOCK, ShardIndex, open_index
+from mm.data.index import BLOCK, DamagedIndex, ShardIndex, open_index, open_regular
 from mm.data.remote import RemoteConfig
 from mm.errors import UserError
+
+LARGEST_SAMPLE = 2**30  # bytes of all members
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,14 @@ class ShardSet:
         return (self[i] for i in range(len(self)))
 
     def name(self, shard: int, index: int) -> str:
-        """Key of a sample, its members unread."""
-        return self._shard(shard)[1][index][0]
+        """Key of a sample, its members unread. Errors as `read`."""
+        return self._line(shard, index)[0]
+
+    def _line(self, shard: int, index: int) -> tuple[str, dict[str, tuple[int, int]]]:
+        try:
+            return self._shard(shard)[1][index]
+        except DamagedIndex as error:
+            raise BadSample(str(error)) from None
 
     def read(self, shard: int, index: int) -> Sample:
         """Sample `index` of shard number `shard`.
@@ -91,8 +99,11 @@ class ShardSet:
             OSError: reading failed; trying again may help.
             UserError: the shard does not fit its `sizes.json`.
         """
-        descriptor, table = self._shard(shard)
-        key, offsets = table[index]
+        descriptor, _ = self._shard(shard)
+        key, offsets = self._line(shard, index)
+        total = sum(size for _, size in offsets.values())
+        if total > LARGEST_SAMPLE:
+            raise BadSample(f"{total:,} bytes exceed the limit of {LARGEST_SAMPLE:,} for a sample")
         start = min(offset for offset, _ in offsets.values()) - BLOCK
         end = max(offset + size for offset, size in offsets.values())
         members: dict[str, bytes] = {}
@@ -105,11 +116,7 @@ class ShardSet:
                 raw = span[offset - BLOCK - start : offset + size - start]
             if len(raw) < size + BLOCK:
                 raise BadSample(f"shard is cut short before the end of {key}.{extension}")
-            try:
-                whole = tarfile.TarInfo.frombuf(raw[:BLOCK], "utf-8", "replace").size == size
-            except tarfile.HeaderError:
-                whole = False
-            if not whole:
+            if not _is_header_of(raw[:BLOCK], f"{key}.{extension}", size):
                 raise BadSample(f"damaged tar header of {key}.{extension}")
             members[extension] = raw[BLOCK:]
         return Sample(key, self.paths[shard], members)
@@ -121,7 +128,7 @@ class ShardSet:
             self._open.move_to_end(shard)
             return self._open[shard]
         path = self.paths[shard]
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(path)
         try:
             table = open_index(path, os.fstat(descriptor).st_size)
             if self._sizes is not None and table.samples != self._sizes[shard]:
@@ -152,3 +159,13 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": OrderedDict()}
+
+
+def _is_header_of(block: bytes, name: str, size: int) -> bool:
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+    except tarfile.HeaderError:
+        return False
+    # longer names, and those of other characters, stand in a header before this one
+    fits = len(name) < 100 and name.isascii()
+    return header.size == size and (not fits or header.name.lower() == name.lower())
