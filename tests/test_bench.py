@@ -139,8 +139,10 @@ def test_overhead_counts_what_is_between_the_steps(monkeypatch: pytest.MonkeyPat
 
 def test_peer_environment_has_its_packages_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer, "FOLDER", tmp_path)
-    (tmp_path / "complete.txt").write_text("\n".join(peer.PACKAGES))
     monkeypatch.setenv("RANK", "1")
-    variables = peer.environment()
-    assert "RANK" not in variables
-    assert variables["PYTHONPATH"].startswith(str(tmp_path))
+    for name, packages in peer.PACKAGES.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "complete.txt").write_text("\n".join(packages))
+        variables = peer.environment(name)
+        assert "RANK" not in variables
+        assert variables["PYTHONPATH"].startswith(str(tmp_path / name))

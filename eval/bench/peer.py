@@ -1,4 +1,4 @@
-"""open_clip's trainer as a peer: its environment, and the real program with its losses written down.
+"""Peers: their environments, and open_clip's real trainer with its losses written down.
 
 `python -m eval.bench.peer RECORD.json MODEL.json ARGUMENTS...` runs `open_clip_train.main` with those
 arguments on the model that MODEL.json describes, its shuffling off; RECORD.json gets the exact loss and the
@@ -15,22 +15,46 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "build" / "bench" / "peer"
-# its webdataset would replace ours, and we have no use for pandas; torch, open_clip and timm are shared
-PACKAGES = ("webdataset==0.2.86", "braceexpand==0.1.7", "pandas==3.1.1")
+FOLDER = ROOT / "build" / "bench" / "peers"
+# what each needs beside torch, torchvision, open_clip and timm, which are shared; the versions that they pin
+# of what they share with us (numpy, transformers) are passed over, so that all run on the same libraries
+PACKAGES = {
+    # its webdataset would replace ours, and we have no use for pandas
+    "open_clip": ("webdataset==0.2.86", "braceexpand==0.1.7", "pandas==3.1.1"),
+    "webdataset": ("webdataset==1.0.2", "braceexpand==0.1.7"),
+    "streaming": (
+        "mosaicml-streaming==0.13.0", "Brotli==1.2.1", "catalogue==2.0.10", "cramjam==2.14.0",
+        "python-snappy==0.7.3", "xxhash==4.1.0", "zstd==1.5.7.2",
+    ),
+    "litdata": (
+        "litdata==0.2.76", "boto3==1.44.5", "botocore==1.44.5", "certifi==2026.10.18", "jmespath==1.1.0",
+        "lightning-utilities==0.15.3", "requests==2.34.2", "s3transfer==0.19.3", "urllib3==2.8.0",
+    ),
+    "energon": (
+        "megatron-energon==7.4.1", "webdataset==1.0.2", "braceexpand==0.1.7", "cffi==2.1.1", "bracex==3.2.2",
+        "deprecation==2.1.0", "filetype==1.2.0", "jmespath==1.1.0", "jsonschema==4.26.0",
+        "jsonschema-specifications==2025.9.1", "lark==1.3.1", "mfusepy==3.1.1", "multi-storage-client==1.3.1",
+        "opentelemetry-api==1.45.2", "prettytable==3.18.0", "pycparser==3.12", "pyroute2==0.9.7",
+        "rapidyaml==0.15.2", "referencing==0.37.0", "rpds-py==2026.9.1", "wcmatch==10.2.1", "xattr==1.3.0",
+    ),
+}  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    """Environment variables under which `open_clip_train` runs; its packages are installed on first use."""
-    complete = FOLDER / "complete.txt"
-    if not complete.exists() or complete.read_text() != "\n".join(PACKAGES):
-        print(f"installing {', '.join(PACKAGES)} into {FOLDER}", flush=True)
+def environment(peer: str = "open_clip") -> dict[str, str]:
+    """Environment variables under which a peer runs; its packages are installed on first use.
+
+    Raises CalledProcessError where pip cannot install them.
+    """
+    folder, packages = FOLDER / peer, PACKAGES[peer]
+    complete = folder / "complete.txt"
+    if not complete.exists() or complete.read_text() != "\n".join(packages):
+        print(f"installing {packages[0]} and what it needs into {folder}", flush=True)
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade"]
-        subprocess.run([*pip, "--no-deps", "--target", str(FOLDER), *PACKAGES], check=True)
-        complete.write_text("\n".join(PACKAGES))
+        subprocess.run([*pip, "--no-deps", "--target", str(folder), *packages], check=True)
+        complete.write_text("\n".join(packages))
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS")
     variables = {name: value for name, value in os.environ.items() if name not in launcher}
-    return variables | {"PYTHONPATH": os.pathsep.join([str(FOLDER), str(ROOT)])}
+    return variables | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
 def run(record: Path, model: Path, arguments: list[str]) -> dict[str, list[float]]:
