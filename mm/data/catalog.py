@@ -3,6 +3,7 @@
 Beside all shards of a folder lies `sizes.json` (shard file name -> samples).
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -16,12 +17,13 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mm.data.index import ShardIndex, index_path, index_text
+from mm.data.index import ShardIndex, index_path, index_text, open_regular
 from mm.data.remote import RemoteConfig
 from mm.errors import UserError
 from mm.files import write_atomically
 
 SIZES = "sizes.json"
+LARGEST_TABLE = 2**30  # bytes
 
 
 class ShardNames(Sequence[str]):
@@ -185,17 +187,23 @@ def write_sizes(folder: str | Path, counts: Mapping[str, int]) -> None:
     known: dict[str, int] = {}
     if path.exists():
         there = _names(str(folder))
-        known = {name: n for name, n in _table(path.read_bytes(), str(folder)).items() if name in there}
+        with contextlib.suppress(UserError):  # a damaged table tells nothing
+            known = {name: n for name, n in _read_table(str(folder)).items() if name in there}
     known.update({os.path.basename(shard): n for shard, n in counts.items()})
     write_atomically(path, (json.dumps(dict(sorted(known.items())), indent=0) + "\n").encode())
+
+
+def _read_table(folder: str) -> dict[str, int]:
+    with os.fdopen(open_regular(os.path.join(folder, SIZES)), "rb") as file:
+        return _table(file.read(LARGEST_TABLE), folder)
 
 
 def _table(text: bytes, folder: str) -> dict[str, int]:
     try:
         sizes = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         sizes = None
-    if not isinstance(sizes, dict) or not all(type(n) is int and n >= 0 for n in sizes.values()):
+    if not isinstance(sizes, dict) or not all(type(n) is int and 0 <= n < 2**40 for n in sizes.values()):
         raise UserError(
             f"{os.path.join(folder, SIZES)} is not a table of shard name -> samples; run: mm data index {folder or '.'}"
         )
@@ -217,7 +225,7 @@ def read_catalog(patterns: str | Sequence[str], remote: RemoteConfig | None = No
             table = Path(folder) / SIZES
             if not table.exists():
                 return Catalog(ShardNames(paths), None)
-            tables[folder] = _table(table.read_bytes(), folder)
+            tables[folder] = _read_table(folder)
         if name not in tables[folder]:
             raise UserError(
                 f"{folder or '.'}/sizes.json does not list {name}; run: mm data index {folder or '.'}"
