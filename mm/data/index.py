@@ -213,17 +213,25 @@ def index_path(shard: str) -> str:
     return str(Path(shard).with_suffix(".idx"))
 
 
-def open_index(path: str, tar_size: int) -> ShardIndex:
-    """The index beside a shard of that many bytes, or one made by scanning it. UserError as `scan`."""
+def open_index(path: str, tar_size: int, samples: int | None = None) -> ShardIndex:
+    """The index beside a shard, or one made by scanning it. UserError as `scan`.
+
+    Args:
+        path: of the shard.
+        tar_size: its bytes.
+        samples: what it should hold, where that is known.
+    """
     written = _written_index(path)
-    if written is not None and written.tar_size == tar_size:
-        return written
+    if written is None or written.tar_size == tar_size:
+        return written or ShardIndex(index_text(path))
     try:
-        return ShardIndex(index_text(path))
+        fresh = ShardIndex(index_text(path))
     except DamagedShard:
-        if written is None:
-            raise
         return written  # the tar was damaged after indexing: what is left of it can still be read
+    if samples is not None and written.samples == samples != fresh.samples:
+        return written  # cut at the end of a member, a tar looks whole
+    written.close()
+    return fresh
 
 
 def _written_index(shard: str) -> ShardIndex | None:

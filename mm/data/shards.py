@@ -130,10 +130,11 @@ class ShardSet:
         path = self.paths[shard]
         descriptor = open_regular(path)
         try:
-            table = open_index(path, os.fstat(descriptor).st_size)
-            if self._sizes is not None and table.samples != self._sizes[shard]:
+            expected = int(self._sizes[shard]) if self._sizes is not None else None
+            table = open_index(path, os.fstat(descriptor).st_size, expected)
+            if expected is not None and table.samples != expected:
                 raise UserError(
-                    f"shard {path} holds {table.samples} samples, but {self._sizes[shard]} were expected; "
+                    f"shard {path} holds {table.samples} samples, but {expected} were expected; "
                     f"run: mm data index {os.path.dirname(path) or '.'}"
                 )
         except BaseException:
