@@ -44,6 +44,7 @@ from mm.data.curation.pool import Pool
 from mm.data.curation.progress import Progress
 from mm.data.decode import BadSample
 from mm.data.index import index_path
+from mm.data.remote import Unreachable
 from mm.data.shards import Sample, ShardSet
 from mm.errors import UserError
 from mm.files import write_atomically
@@ -109,7 +110,7 @@ def sweep(
                     if not finished[number]:
                         count = work(number, [], progress.at, None)
                         progress.done(number, count)
-                    yield number, parts.read(number)
+                    yield number, read_part(state, number)
                 return
             with Pool(work, todo, min(workers, len(todo)), shards.paths.__getitem__, progress.at) as pool:
                 for number in range(len(finished)):
@@ -119,7 +120,18 @@ def sweep(
                             progress.done(done, count)
                         if finished[number]:
                             break
-                    yield number, parts.read(number)
+                    yield number, read_part(state, number)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_part(state: Path, number: int) -> Records:
+    """The records of a shard once more, while or after it was swept."""
+    text = _part(state, number).read_bytes().decode("utf-8", "surrogatepass")
+    return [json.loads(line) for line in text.rstrip("\n").split("\n")[1:]]
 
 
 def clear(state: Path) -> None:
@@ -154,6 +166,10 @@ def _locked(state: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _part(state: Path, number: int) -> Path:
+    return state / f"{number:06d}.jsonl"
+
+
 class _Parts:
     """The files of a sweep: a line about the shard, then a line a record."""
 
@@ -171,9 +187,6 @@ class _Parts:
                     os.unlink(entry.path)
             write_atomically(written, text)
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{number:06d}.jsonl"
-
     def stamp(self, number: int) -> list[Any]:
         """Tells a shard from one that changed since; one behind a URL is taken not to change."""
         path = self._shards.paths[number]
@@ -181,7 +194,7 @@ class _Parts:
 
     def is_finished(self, number: int) -> bool:
         try:
-            with open(self._path(number), "rb") as file:
+            with open(_part(self._folder, number), "rb") as file:
                 head = json.loads(file.readline())
         except FileNotFoundError:
             return False
@@ -191,11 +204,7 @@ class _Parts:
         lines = [json.dumps({"stamp": stamp, "count": shard.count, "may_pass": shard.may_pass})]
         lines += (json.dumps(record, ensure_ascii=False, separators=(",", ":")) for record in records)
         data = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass")
-        write_atomically(self._path(shard.number), data)
-
-    def read(self, number: int) -> Records:
-        text = self._path(number).read_bytes().decode("utf-8", "surrogatepass")
-        return [json.loads(line) for line in text.rstrip("\n").split("\n")[1:]]
+        write_atomically(_part(self._folder, shard.number), data)
 
 
 def _state_of(path: str) -> list[int] | None:
@@ -260,9 +269,15 @@ class _Work:
             sample = _patiently(lambda: self._shards.read(number, index))
             return Visited(index, sample.key, sample, None)
         except BadSample as error:
-            return Visited(index, self._shards.name(number, index), None, str(error))
+            return Visited(index, self._key(number, index), None, str(error))
         except OSError as error:
             raise _Unreadable(f"cannot be read at sample {index}: {error}") from None
+
+    def _key(self, number: int, index: int) -> str:
+        try:
+            return self._shards.name(number, index)
+        except BadSample:  # its line of the index is damaged
+            return ""
 
 
 class _Broken(Exception):
@@ -273,7 +288,7 @@ def _patiently(read: Callable[[], T]) -> T:
     for pause_s in PAUSES_S:
         try:
             return read()
-        except FileNotFoundError:
+        except (FileNotFoundError, Unreachable):
             raise
         except OSError:
             time.sleep(pause_s)
