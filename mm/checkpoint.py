@@ -46,6 +46,8 @@ class TrainState:
     """Position of the stream: the samples seen."""
     stream: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Identity of the stream, which a resumed run must have too."""
+    bad: int = 0
+    """Samples that could not be used and were replaced."""
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     version: int = VERSION
@@ -117,7 +119,9 @@ def latest(run: Path, warn: Callable[[str], None] = warnings.warn) -> Path | Non
 def read_state(path: Path) -> TrainState:
     """The TrainState of a checkpoint, without its tensors."""
     content = _read_json(path)
-    return TrainState(**{field.name: content[field.name] for field in dataclasses.fields(TrainState)})
+    # a field that is newer than the checkpoint keeps its default
+    known = {field.name for field in dataclasses.fields(TrainState)} & content.keys()
+    return TrainState(**{name: content[name] for name in known})
 
 
 def read_weights(path: Path, ema: bool = True) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from mm.errors import UserError
+from mm.errors import Failure, UserError
 
 _OTHERS_WAIT_S = 3.0  # for rank 0 to raise the same error
 _STORE_LIVES_S = 1.0  # for the others to ask what rank 0 said
@@ -49,6 +49,9 @@ def status_of(main: Callable[[list[str]], None], argv: list[str]) -> int:
         elif not _rank_0_says_it():
             print(f"error on rank {_rank()}: {error}", file=sys.stderr)
         return 2
+    except Failure as error:
+        print(f"error on rank {_rank()}: {error}" if _rank() != "0" else f"error: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" (writing {error.filename})" if error.filename else ""

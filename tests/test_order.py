@@ -1,11 +1,13 @@
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm.data.order import Order, mix, permute
+from mm.data.catalog import ShardNames
+from mm.data.order import Order, Place, mix, permute
 
 
 @st.composite
@@ -42,31 +44,21 @@ def test_use_counts_stay_together(order: Order) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(orders(), st.integers(1, 12), st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 10**6))
-def test_ranks_share_the_same_batch(order: Order, twelfth: int, ranks: int, start: int) -> None:
-    batch = 12 * twelfth
-    whole = order.rank_slots(start, batch, 0, 1)
-    assert sorted(whole.tolist()) == list(range(start, start + batch))
-    pieces = [order.rank_slots(start, batch, rank, ranks) for rank in range(ranks)]
-    assert {len(piece) for piece in pieces} == {batch // ranks}
-    assert np.concatenate(pieces).tolist() == whole.tolist()
-
-
-@settings(max_examples=80, deadline=None)
 @given(orders(), st.integers(0, 10**12))
 def test_replacements_are_the_rest_of_the_block(order: Order, g: int) -> None:
     found = []
     while (other := order.replacement(g, len(found))) is not None:
         found.append(other)
-    lane, item = order._slot(np.array([g]))
-    start, size, block = order._block(lane, item)
-    assert len(set(found)) == len(found) == size[0] - 1 and g not in found
+    lane, item = order.slots(np.array([g]))
+    start, size, _ = order._block(lane, item)
     assert size[0] <= 1.5 * order.block + 1
-    if found:
-        others, items = order._slot(np.array(found))
-        assert (others == lane).all() and (np.array(found) // order.samples == g // order.samples).all()
-        starts, _, blocks = order._block(others, items)
-        assert (blocks == block).all() and (starts == start).all()
+    epoch = g // order.samples
+    block = epoch * order.samples + np.arange(start[0], start[0] + size[0]) * order.lanes + lane[0]
+    whole = {Place(*place) for place in zip(*(part.tolist() for part in order.locate(block)), strict=True)}
+    (itself,) = {
+        Place(*place) for place in zip(*(part.tolist() for part in order.locate(np.array([g]))), strict=True)
+    }
+    assert len(found) == len(set(found)) and set(found) == whole - {itself}
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,7 +100,20 @@ def test_it_starts_anywhere_at_once() -> None:
     order = Order(np.full(10**6, 10_000), seed=1, lanes=256, block=160)
     begun = time.perf_counter()
     for g in (0, 5 * 10**12, 10**17):
-        _, shard, index = order.locate(order.rank_slots(g, 4096, 0, 1))
+        _, shard, index = order.locate(np.arange(g, g + 4096))
         assert ((shard >= 0) & (shard < 10**6) & (index >= 0) & (index < 10_000)).all()
         assert len(np.unique(shard)) >= 256
     assert time.perf_counter() - begun < 10
+
+
+def test_a_million_shards_take_little_memory() -> None:
+    """Names, sizes, two epochs, and what is needed for a moment to shuffle one."""
+    names = ShardNames(f"data/laion/{i // 1000:04d}/{i:08d}.tar" for i in range(10**6))
+    tracemalloc.start()
+    order = Order(np.full(10**6, 10_000), seed=1, lanes=256, block=160)
+    for g in (0, order.samples, 500 * order.samples):
+        order.locate(np.arange(g - 64 if g else g, g + 4096))
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(names) == 10**6 and names[123456] == "data/laion/0123/00123456.tar"
+    assert held + names.nbytes < 50e6, f"{held / 1e6:.1f} MB held, {most / 1e6:.1f} MB at most"

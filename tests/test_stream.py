@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mm.data import stream as stream_module
+from mm.data import reader
 from mm.data.decode import BadSample, captions, image, image_member
 from mm.data.index import ShardIndex, index_text
 from mm.data.shards import Sample
-from mm.data.stream import Stream, StreamBatch, StreamConfig, choose_lanes
+from mm.data.stream import Stream, StreamBatch, StreamConfig
 from mm.data.transforms import AugmentConfig, TrainTransform
 from mm.data.writer import ShardWriter
-from mm.errors import UserError
+from mm.errors import Failure, UserError
 
 TRANSFORM = TrainTransform(16, AugmentConfig(scale=(0.3, 1.0), flip=0.5))
 
@@ -214,7 +214,7 @@ def test_a_read_error_is_tried_again_and_never_a_replacement(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [records(batch) for batch in open_stream(folder, stop=36)]
-    monkeypatch.setattr(stream_module, "RETRY_AFTER", (0.0, 0.0))
+    monkeypatch.setattr(reader, "RETRY_AFTER", (0.0, 0.0))
     read, calls = os.pread, Counter[str]()
 
     def flaky(descriptor: int, count: int, offset: int) -> bytes:
@@ -232,16 +232,20 @@ def test_a_read_error_is_tried_again_and_never_a_replacement(
 
     monkeypatch.setattr(os, "pread", broken)
     for workers in (0, 1):
-        with pytest.raises(OSError, match=r"reading .*\.tar failed 3 times: Input/output error"):
+        with pytest.raises(
+            Failure, match=r"rank 0, position 0: reading .*\.tar failed 3 times: Input/output error"
+        ):
             next(iter(open_stream(folder, workers)))
 
 
 def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^global batch 50 cannot be shared by 4 ranks; use 48 or 52$"):
+    with pytest.raises(
+        UserError, match="^global batch 50 cannot be shared by 4 ranks; use 48 or 52, or 2 or 5 ranks$"
+    ):
         open_stream(folder, global_batch=50, world_size=4)
-    with pytest.raises(UserError, match="by 4 ranks in 3 micro-batches each; use 48 or 60"):
+    with pytest.raises(UserError, match="by 4 ranks in 3 micro-batches each; use 48 or 60$"):
         open_stream(folder, global_batch=50, world_size=4, micro_batches=3)
-    with pytest.raises(UserError, match="global batch 3 cannot be shared by 4 ranks; use 4$"):
+    with pytest.raises(UserError, match="global batch 3 cannot be shared by 4 ranks; use 4, or 3 ranks$"):
         open_stream(folder, global_batch=3, world_size=4)
     with pytest.raises(UserError, match="nowhere"):
         open_stream(tmp_path / "nowhere")
@@ -260,8 +264,8 @@ def test_a_shard_that_vanishes_later_is_named(tmp_path: Path, monkeypatch: pytes
     write_shards(tmp_path)
     stream = open_stream(tmp_path, stop=120)
     (tmp_path / "shard-000002.tar").unlink()
-    monkeypatch.setattr(stream_module, "RETRY_AFTER", (0.0,))
-    with pytest.raises(OSError, match=r"shard-000002\.tar failed 2 times: No such file"):
+    monkeypatch.setattr(reader, "RETRY_AFTER", (0.0,))
+    with pytest.raises(Failure, match=r"shard-000002\.tar failed 2 times: No such file"):
         list(stream)
 
 
@@ -282,7 +286,7 @@ def test_shards_without_sizes_are_indexed(tmp_path: Path, folder: Path) -> None:
 def test_too_few_shards_are_remarked(folder: Path) -> None:
     remarks = open_stream(folder, workers=2, world_size=4).warnings
     assert len(remarks) == 1
-    assert "7 shards for 8 readers (4 ranks x 2 workers): an epoch opens shards 18 times" in remarks[0]
+    assert "7 shards for 8 readers (4 ranks x 2 workers): an epoch opens shards 36 times" in remarks[0]
 
 
 def test_identity_tells_streams_apart(folder: Path, tmp_path: Path) -> None:
@@ -294,15 +298,6 @@ def test_identity_tells_streams_apart(folder: Path, tmp_path: Path) -> None:
         open_stream(folder, lanes=2), open_stream(write_shards(tmp_path / "a", 61, 8)),
     ]  # fmt: skip
     assert len({str(stream.identity) for stream in [first, *others]}) == 6
-
-
-def test_lanes_divide_the_batch() -> None:
-    assert choose_lanes(4096, 256, 10**6) == 256
-    assert choose_lanes(64, 256, 10**6) == 16
-    assert choose_lanes(48, 256, 10**6) == 12
-    assert choose_lanes(4096, 256, 100) == 32
-    assert choose_lanes(3, 256, 10) == 1 and choose_lanes(64, 256, 1) == 1
-    assert choose_lanes(97 * 4, 96, 10**6) == 4
 
 
 def test_the_global_generators_are_left_alone(folder: Path) -> None:
@@ -344,3 +339,137 @@ def test_workers_end_with_a_killed_parent(folder: Path) -> None:
         time.sleep(0.05)
     assert not any(map(alive, workers))
     child.stdout.close()
+
+
+def test_every_number_of_workers_reads_the_same_batches(folder: Path) -> None:
+    stream = open_stream(folder, stop=12 * 20)
+    expected = [records(StreamBatch(batch, 0, bad)) for batch, bad in stream._reader.batches(0, 1)]
+    for workers in range(1, 9):
+        shares = [list(stream._reader.batches(number, workers)) for number in range(workers)]
+        turns = [shares[i % workers][i // workers] for i in range(20)]
+        assert [records(StreamBatch(batch, 0, bad)) for batch, bad in turns] == expected
+
+
+def test_any_ranks_that_divide_the_batch_work(folder: Path) -> None:
+    expected = whole_batches(folder, 0, 1, global_batch=60, stop=120)
+    for ranks in (2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60):
+        assert whole_batches(folder, 0, ranks, global_batch=60, stop=120) == expected
+
+
+def test_what_is_read_is_told(folder: Path) -> None:
+    lines = open_stream(folder, world_size=2).describe(183)
+    assert lines[0] == "61 samples, 3.0 passes"
+    assert lines[1].startswith(
+        "  3 lanes: a pass opens 7 shards 12 times, 1.71x; at most 2 at a time on a rank"
+    )
+
+
+def mixture(parts: dict[str, dict[str, Any]], **options: Any) -> Stream:
+    config = StreamConfig.model_validate({"mixture": parts, "workers": options.pop("workers", 0)})
+    return Stream(
+        config, prepare, collate, **{"global_batch": 24, "seed": 3, "rank": 0, "world_size": 1} | options
+    )
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("other")
+    with ShardWriter(folder, max_samples=7) as writer:
+        for i in range(23):
+            data = io.BytesIO()
+            Image.new("RGB", (20, 20), (i, 2 * i, 255 - i)).save(data, "PNG")
+            writer.add(f"{1000 + i}", {"png": data.getvalue(), "txt": b"plain"})
+    return folder
+
+
+def test_a_mixture_keeps_its_weights_and_covers_each_set(folder: Path, other: Path) -> None:
+    parts = {"a": {"shards": str(folder), "weight": 1}, "b": {"shards": str(other), "weight": 2}}
+    stream = mixture(parts, stop=24 * 40)
+    assert {part.name: part.order.lanes for part in stream.parts} == {"a": 2, "b": 4}
+    counts = Counter[int]()
+    for batch in stream:
+        keys = [key for key, _, _ in records(batch)]
+        assert sum(key >= 1000 for key in keys) == 16
+        counts.update(keys)
+        for few, many in ((0, 1000), (1000, 2000)):
+            uses = [counts[key] for key in counts if few <= key < many]
+            assert max(uses) - min(uses) <= 1
+            assert len(uses) == (61 if few == 0 else 23) or max(uses) == 1
+    coverage = stream.coverage(24 * 40)
+    assert coverage["a"] == {"samples": 320, "epochs": 320 / 61}
+    assert coverage["b"] == {"samples": 640, "epochs": 640 / 23}
+    assert stream.describe(24 * 40)[0] == "a: 33.3% of every batch, 61 samples, 5.2 passes"
+    # for any ranks and workers, from anywhere
+    expected = [records(batch) for batch in mixture(parts, stop=240)]
+    shares = [
+        [records(b) for b in mixture(parts, workers=2, rank=r, world_size=3, stop=240)] for r in range(3)
+    ]
+    assert [list(chain(*of_ranks)) for of_ranks in zip(*shares, strict=True)] == expected
+    assert [records(batch) for batch in mixture(parts, start=96, stop=240)] == expected[4:]
+
+
+def test_a_mixture_without_weights_goes_by_samples(folder: Path, other: Path) -> None:
+    stream = mixture({"a": {"shards": str(folder)}, "b": {"shards": str(other)}})
+    assert [part.order.lanes for part in stream.parts] == [4, 2]
+    assert stream.identity["mixture"]["b"]["samples"] == 23
+
+
+def test_a_bad_sample_of_a_mixture_names_its_set(folder: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path, 63)
+    damage(tmp_path)
+    stream = mixture({"whole": {"shards": str(folder)}, "spoilt": {"shards": str(tmp_path)}}, stop=240)
+    entries = [entry for batch in stream for entry in batch.bad]
+    assert entries and {entry["set"] for entry in entries} == {"spoilt"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "mistake"),
+    [
+        ({"shards": None}, "either shards=... or mixture"),
+        ({"mixture": {"a": {"shards": "x"}}}, "either shards=... or mixture"),
+        (
+            {"shards": None, "mixture": {"a": {"shards": "x", "weight": 1}, "b": {"shards": "x"}}},
+            "b has no weight",
+        ),
+        ({"shards": None, "mixture": {"a": {"shards": "x", "resample": 9}}}, "give it a weight"),
+        ({"shards": None, "resample": 5, "mixture": {"a": {"shards": "x"}}}, r"mixture.NAME.resample"),
+    ],
+)
+def test_mistakes_in_the_config_are_named(changes: dict[str, Any], mistake: str) -> None:
+    with pytest.raises(ValueError, match=mistake):
+        StreamConfig.model_validate({"shards": "x"} | changes)
+
+
+def test_resampling_needs_no_sizes_and_is_the_same_for_any_grid(folder: Path, tmp_path: Path) -> None:
+    for shard in folder.glob("*.tar"):
+        (tmp_path / shard.name).write_bytes(shard.read_bytes())
+
+    def batches(rank: int = 0, ranks: int = 1, workers: int = 0, start: int = 0) -> list[Any]:
+        config = StreamConfig(shards=str(tmp_path), resample=4, workers=workers)
+        options = {"global_batch": 12, "seed": 3, "start": start, "stop": 12 * 60}
+        stream = Stream(config, prepare, collate, rank=rank, world_size=ranks, **options)
+        assert "samples" not in stream.identity and stream.identity["resample"] == 4
+        return [records(batch) for batch in stream]
+
+    expected = batches()
+    assert not (tmp_path / "sizes.json").exists()
+    shares = [batches(rank, 2, workers=2) for rank in range(2)]
+    assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == expected
+    assert batches(start=12 * 20) == expected[20:]
+    keys = [key for batch in expected for key, _, _ in batch]
+    assert len(set(keys)) == 61  # all come up
+    # a draw gives its quota, all different, of one shard: lane 0 of 3 has every batch's first four
+    for batch in expected[:20]:
+        lane = [key for key, _, _ in batch[:4]]
+        assert len(set(lane)) == 4 and len({key // 9 for key in lane}) == 1
+
+
+def test_resampling_passes_over_a_damaged_shard(folder: Path, tmp_path: Path) -> None:
+    for shard in folder.glob("*.tar"):
+        (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    (tmp_path / "shard-000002.tar").write_bytes((folder / "shard-000002.tar").read_bytes()[:3000])
+    config = StreamConfig(shards=str(tmp_path), resample=4, workers=0)
+    stream = Stream(config, prepare, collate, global_batch=12, seed=3, stop=12 * 40, rank=0, world_size=1)
+    entries = [entry for batch in stream for entry in batch.bad]
+    assert entries and {os.path.basename(entry["shard"]) for entry in entries} == {"shard-000002.tar"}
+    assert all("not a whole tar" in entry["reason"] for entry in entries)

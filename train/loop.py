@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from mm import checkpoint, distributed
 from mm.checkpoint import TrainState
 from mm.config import Config
 from mm.data.ledger import Ledger
-from mm.data.stream import Stream
+from mm.data.reader import worker_failures
+from mm.data.stream import Stream, StreamBatch
 from mm.engine import Engine, StepResult
 from mm.errors import UserError
 from mm.log import Log, message
 from mm.run import BAD_SAMPLES
 
 SKIPS_IN_A_ROW = 10
+FEW_SAMPLES = 1_000  # the share of bad samples is not judged before
 
 Figures = dict[str, dict[str, float]]
 """Set name -> figure name -> value."""
@@ -100,18 +102,22 @@ class Loop:
 
     def __call__(self) -> None:
         """Train to the end."""
-        batches = iter(self.stream)
-        while self.state.step < self.schedule.steps:
-            asked = time.perf_counter()
-            streamed = next(batches)
-            self.waited += time.perf_counter() - asked
-            rates = self.rates(self.state.samples)
-            result = self.engine.step(streamed.batch, rates)
-            self.state.step += 1
-            self.state.samples = streamed.position_after
-            self.bad += [{"step": self.state.step, **entry} for entry in streamed.bad]
-            self._count_skips(result)
-            self._after_step(rates, result)
+        with worker_failures():
+            batches = iter(self.stream)
+            while self.state.step < self.schedule.steps:
+                self._step(batches)
+
+    def _step(self, batches: Iterator[StreamBatch]) -> None:
+        asked = time.perf_counter()
+        streamed = next(batches)
+        self.waited += time.perf_counter() - asked
+        rates = self.rates(self.state.samples)
+        result = self.engine.step(streamed.batch, rates)
+        self.state.step += 1
+        self.state.samples = streamed.position_after
+        self.bad += [{"step": self.state.step, **entry} for entry in streamed.bad]
+        self._count_skips(result)
+        self._after_step(rates, result)
 
     def _after_step(self, rates: Mapping[str, float], result: StepResult) -> None:
         step, schedule = self.state.step, self.schedule
@@ -172,14 +178,23 @@ class Loop:
     def _write_ledger(self) -> None:
         entries = [entry for of_rank in distributed.gather_objects(self.bad) for entry in of_rank]
         self.bad = []
-        if not entries or not distributed.is_main():
+        if not entries:
             return
-        self.ledger.add(entries)
+        self.state.bad += len(entries)
         first = entries[0]
-        message(
-            f"{len(entries)} samples could not be used and were replaced, such as {first['key']} of "
-            f"{first['shard']}: {first['reason']} (all in {self.ledger.path})"
-        )
+        if distributed.is_main():
+            self.ledger.add(entries)
+            message(
+                f"{len(entries)} samples could not be used and were replaced, such as {first['key']} of "
+                f"{first['shard']}: {first['reason']} (all in {self.ledger.path})"
+            )
+        limit, share = self.stream.config.max_bad, self.state.bad / self.state.samples
+        if share > limit and self.state.samples >= FEW_SAMPLES:
+            raise UserError(
+                f"{self.state.bad:,} of {self.state.samples:,} samples ({share:.1%}) could not be used, more than "
+                f"data.max_bad={limit:g} allows; the last: {first['reason']}. Look at {self.ledger.path}; "
+                "`mm data check` finds all that is damaged, `mm data filter` leaves it out"
+            )
 
     def _evaluate(self) -> bool:
         """Evaluate; whether the best metric got better."""

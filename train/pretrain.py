@@ -165,7 +165,8 @@ def main(argv: list[str]) -> None:
             best=config.evaluate.best,
             keep=config.checkpoint.keep,
         )()
-        log.event("end", state.step, state.samples, seconds=time.perf_counter() - started)
+        coverage = {"coverage": stream.coverage(state.samples)} if config.data.mixture else {}
+        log.event("end", state.step, state.samples, seconds=time.perf_counter() - started, **coverage)
         with engine.evaluating():
             gallery = report.gallery(model, config.sets, config.report)
         if distributed.is_main():
@@ -240,7 +241,7 @@ def describe(config: PretrainConfig, model: TwoTower, size: Size, stream: Stream
         f"  text   {config.model.text.name}, {size.text / 1e6:.1f} M parameters",
         f"  learns {size.trained / 1e6:.1f} M parameters, {config.loss.kind}, {config.engine.precision}, "
         f"ZeRO {config.engine.zero_stage}",
-        f"  data   {stream.samples:,} samples, {config.samples / stream.samples:.1f} passes",
+        *(f"  {'data' if i == 0 else '':6} {line}" for i, line in enumerate(stream.describe(config.samples))),
     ]
     if state.step:
         lines.append(f"  goes on from step {state.step:,} ({state.samples:,} samples)")

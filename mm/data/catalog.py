@@ -61,6 +61,12 @@ class ShardNames(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the names take."""
+        middles = self._middles
+        return middles.nbytes if isinstance(middles, np.ndarray) else sum(map(len, middles))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 

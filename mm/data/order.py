@@ -12,14 +12,34 @@ Each epoch is thus a bijection: every sample is used once an epoch, and at no mo
 another.
 """
 
-from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 _ROUNDS = 8  # with 4, small blocks were visibly uneven
-_SHARDS, _BLOCKS, _ITEMS, _REPLACE = range(1, 5)  # what a key is for
+_SHARDS, _BLOCKS, _ITEMS, _REPLACE = range(
+    1, 5
+)  # what a key is for; the stream draws with 0, `draws` with 5, 6
+_CHUNK = 2**16  # shards whose keys are hashed at a time
+
+
+class Place(NamedTuple):
+    """Where a sample lies."""
+
+    epoch: int
+    shard: int
+    sample: int
+    """Its number in the shard."""
+
+
+class Places(NamedTuple):
+    """`Place` of many samples, arrays of one length."""
+
+    epoch: Ints
+    shard: Ints
+    sample: Ints
 
 
 def mix(*values: int | NDArray) -> NDArray[np.uint64]:
@@ -72,68 +92,70 @@ class Order:
             lanes: S, at most as many as there are samples.
             block: w, items that are permuted among each other in a lane.
         """
-        self.sizes = np.asarray(sizes, dtype=np.int64)
-        self.samples = int(self.sizes.sum())
+        sizes = np.asarray(sizes)
+        # narrow, for a set may have a million shards and each worker holds this
+        self.sizes = sizes.astype(np.int32 if sizes.max(initial=0) < 2**31 else np.int64)
+        self.samples = int(sizes.sum(dtype=np.int64))
         assert 1 <= lanes <= self.samples and block >= 1
         self.seed, self.lanes, self.block = seed, lanes, block
-        self._epoch = lru_cache(maxsize=2)(self._shuffle_shards)
+        self._epochs: dict[int, tuple[NDArray, Ints]] = {}
 
-    def _shuffle_shards(self, epoch: int) -> tuple[Ints, Ints]:
+    def shuffled_shards(self, epoch: int) -> tuple[NDArray, Ints]:
         """(shards,) shard numbers in this epoch's order, and where the samples of each end in its list."""
-        keys = mix(self.seed, _SHARDS, epoch, np.arange(len(self.sizes)))
-        shards = np.argsort(keys, kind="stable")
-        return shards, np.cumsum(self.sizes[shards])
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:  # a batch can straddle two epochs
+                del self._epochs[min(self._epochs)]
+            keys = np.empty(len(self.sizes), dtype=np.uint64)
+            for start in range(0, len(keys), _CHUNK):
+                numbers = np.arange(start, min(start + _CHUNK, len(keys)))
+                keys[numbers] = mix(self.seed, _SHARDS, epoch, numbers)
+            shards = np.argsort(keys, kind="stable")
+            del keys
+            shards = shards.astype(np.int32 if len(shards) < 2**31 else np.int64)
+            self._epochs[epoch] = shards, np.cumsum(self.sizes[shards], dtype=np.int64)
+        return self._epochs[epoch]
 
-    def locate(self, g: Ints) -> tuple[Ints, Ints, Ints]:
-        """(n,) positions -> (n,) epoch, (n,) shard, (n,) index in the shard."""
+    def locate(self, g: Ints) -> Places:
+        """(n,) positions -> where their samples lie."""
         g = np.asarray(g, dtype=np.int64)
         epoch = g // self.samples
-        lane, item = self._slot(g)
+        lane, item = self.slots(g)
         start, size, block = self._block(lane, item)
         item = start + permute(item - start, size, mix(self.seed, _BLOCKS, epoch, lane, block))
-        flat = self._lane_start(lane) + item
+        flat = self.lane_start(lane) + item
         shard, index = np.empty_like(g), np.empty_like(g)
         for each in np.unique(epoch):
             here = epoch == each
-            shards, ends = self._epoch(int(each))
+            shards, ends = self.shuffled_shards(int(each))
             place = np.searchsorted(ends, flat[here], side="right")
             shard[here] = shards[place]
             index[here] = flat[here] - (ends[place] - self.sizes[shards[place]])
-        index = permute(index, self.sizes[shard], mix(self.seed, _ITEMS, epoch, shard))
-        return epoch, shard, index
+        index = permute(index, self.sizes[shard].astype(np.int64), mix(self.seed, _ITEMS, epoch, shard))
+        return Places(epoch, shard, index)
 
-    def replacement(self, g: int, attempt: int) -> int | None:
-        """Another position of g's block, for a sample that cannot be used; a different one for each attempt.
+    def replacement(self, g: int, attempt: int) -> Place | None:
+        """Another sample of g's block, for one that cannot be used; a different one for each attempt.
 
         Attempts count from 0. None when the block has been gone through.
         """
         position = np.array([g], dtype=np.int64)
-        lane, item = self._slot(position)
+        lane, item = self.slots(position)
         start, size, _ = self._block(lane, item)
         others = int(size[0]) - 1
         if attempt >= others:
             return None
         first = int(mix(self.seed, _REPLACE, g)) % others
         offset = (int(item[0] - start[0]) + 1 + (first + attempt) % others) % int(size[0])
-        return g // self.samples * self.samples + (int(start[0]) + offset) * self.lanes + int(lane[0])
+        other = g // self.samples * self.samples + (int(start[0]) + offset) * self.lanes + int(lane[0])
+        return Place(*(int(part[0]) for part in self.locate(np.array([other]))))
 
-    def rank_slots(self, start: int, count: int, rank: int, ranks: int) -> Ints:
-        """Positions among start..start+count-1 that a rank takes, in the order in which it takes them.
-
-        The batch, sorted by lane, is cut into equal pieces: a rank stays with its lanes, and the pieces of
-        all ranks in a row are the same for any number of ranks.
-        """
-        assert count % ranks == 0
-        g = np.arange(start, start + count, dtype=np.int64)
-        lane, _ = self._slot(g)
-        piece = count // ranks
-        return g[np.argsort(lane, kind="stable")][rank * piece : (rank + 1) * piece]
-
-    def _slot(self, g: Ints) -> tuple[Ints, Ints]:
+    def slots(self, g: Ints) -> tuple[Ints, Ints]:
+        """(n,) positions -> (n,) lane, (n,) item of the lane."""
         r = g % self.samples
         return r % self.lanes, r // self.lanes
 
-    def _lane_start(self, lane: Ints) -> Ints:
+    def lane_start(self, lane: Ints) -> Ints:
+        """Where a lane begins in the epoch's list; lane S: where the list ends."""
         share, longer = divmod(self.samples, self.lanes)
         return lane * share + np.minimum(lane, longer)
 
