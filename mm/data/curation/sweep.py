@@ -53,7 +53,8 @@ T = TypeVar("T")
 Records = list[dict[str, Any]]
 FORMAT = "mm-sweep-1"
 PAUSES_S = (0.1, 1.0)  # before reading is tried again
-PART = re.compile(r"\d{6,}\.jsonl|identity\.json|\..*\.partial")
+TORN = re.compile(r"\..*\.partial")  # as a kill in the middle of writing leaves it
+PART = re.compile(rf"\d{{6,}}\.jsonl|identity\.json|{TORN.pattern}")
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,11 @@ class _Parts:
         whole = {"format": FORMAT, "shards": len(shards.paths), "names": names.hexdigest(), **identity}
         text = (json.dumps(whole, sort_keys=True) + "\n").encode()
         written = folder / "identity.json"
-        if not written.exists() or written.read_bytes() != text:
-            for entry in list(os.scandir(folder)):
-                if PART.fullmatch(entry.name):
-                    os.unlink(entry.path)
+        is_ours = written.exists() and written.read_bytes() == text
+        for entry in list(os.scandir(folder)):
+            if (TORN if is_ours else PART).fullmatch(entry.name):
+                os.unlink(entry.path)
+        if not is_ours:
             write_atomically(written, text)
 
     def stamp(self, number: int) -> list[Any]:
