@@ -82,7 +82,7 @@ def script(caption: str) -> tuple[str, bool]:
     """The script of most of its letters ("none" without letters), and whether another has a tenth of them."""
     if caption.isascii():
         return ("Latin" if any(map(str.isalpha, caption)) else "none"), False
-    counts = Counter(_script_of(letter) for letter in caption if letter.isalpha())
+    counts = Counter(script_of(letter) for letter in caption if letter.isalpha())
     if not counts:
         return "none", False
     if "Kana" in counts:  # Japanese is written in both
@@ -92,7 +92,8 @@ def script(caption: str) -> tuple[str, bool]:
 
 
 @lru_cache(2**16)
-def _script_of(letter: str) -> str:
+def script_of(letter: str) -> str:
+    """The script of a letter: Latin, Cyrillic, Han, Kana, ..."""
     first = unicodedata.name(letter, "OTHER").split()[0].split("-")[0]
     if first in ("FULLWIDTH", "HALFWIDTH", "MODIFIER", "MATHEMATICAL", "FEMININE", "MASCULINE", "DOUBLE"):
         first = "LATIN" if "LATIN" in unicodedata.name(letter, "") else "OTHER"
