@@ -1,4 +1,4 @@
-"""Which shards there are, and how many samples each holds: folders, globs, braces, `sizes.json`.
+"""Which shards there are, and how many samples each holds: folders, globs, braces, URLs, `sizes.json`.
 
 Beside all shards of a folder lies `sizes.json` (shard file name -> samples).
 """
@@ -6,10 +6,14 @@ Beside all shards of a folder lies `sizes.json` (shard file name -> samples).
 import contextlib
 import glob
 import json
+import multiprocessing
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import overload
@@ -17,8 +21,10 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.data.cache import Cache
 from mm.data.index import ShardIndex, index_path, index_text, open_regular
-from mm.data.remote import RemoteConfig
+from mm.data.remote import RemoteConfig, is_remote, join_url, list_shards, read_small, split_url
+from mm.data.transport import shown
 from mm.errors import UserError
 from mm.files import write_atomically
 
@@ -99,15 +105,29 @@ class Catalog:
 
 
 def expand(patterns: str | Sequence[str], remote: RemoteConfig | None = None) -> list[str]:
-    """Paths of the shards that folders, globs, braces (`{00..12}`, `{a,b}`) or a list of these name, sorted.
+    """Paths and URLs of the shards that folders, globs, braces (`{00..12}`, `{a,b}`) or a list of these name, sorted.
+
+    A folder behind a URL is known by its `sizes.json`, or is listed where the protocol can. That a shard named by
+    its URL exists shows when it is read. `pipe:COMMAND` is the shard that the command prints.
 
     Raises:
         UserError: nothing matches, or a shard named outright does not exist.
+        Unreachable: a folder behind a URL cannot be looked at.
     """
+    return _find(patterns, remote or RemoteConfig(), {})
+
+
+def _find(
+    patterns: str | Sequence[str], remote: RemoteConfig, tables: dict[str, dict[str, int] | None]
+) -> list[str]:
+    """As `expand`. tables: of folders behind URLs, filled here as far as they are looked at."""
     found: set[str] = set()
     folders: dict[str, set[str]] = {}
     for pattern in _listed(patterns):
-        for path in braces(os.path.expanduser(pattern)):
+        for path in braces(_local_path(pattern)):
+            if is_remote(path):
+                found.update(_behind(path, remote, tables))
+                continue
             matches = _local(path, folders)
             if not matches:
                 raise UserError(
@@ -117,6 +137,54 @@ def expand(patterns: str | Sequence[str], remote: RemoteConfig | None = None) ->
     if not found:
         raise UserError("no shards were named; give a folder, a pattern or a list of .tar files")
     return sorted(found)
+
+
+def _local_path(pattern: str) -> str:
+    return pattern if is_remote(pattern) else os.path.expanduser(pattern.removeprefix("file://"))
+
+
+def _behind(url: str, remote: RemoteConfig, tables: dict[str, dict[str, int] | None]) -> list[str]:
+    """URLs of the shards that a URL names: itself, those in a folder, those that a glob matches."""
+    if url.startswith("pipe:"):
+        if not remote.trust_pipe:
+            raise UserError(
+                f"{url} would run a command; where you trust whoever named it: data.remote.trust_pipe=true"
+            )
+        return [url]
+    web = url.startswith(("http://", "https://"))
+    if "*" not in url and split_url(url)[1].endswith(".tar"):
+        return [url]
+    if web and "*" in url:
+        raise UserError(
+            f"{shown(url)}: http has no patterns; use braces ({{00000..00099}}.tar), a list, or a folder with sizes.json"
+        )
+    folder = url.rstrip("/")
+    table = None if "*" in url else _table_behind(folder, remote, tables)
+    if table:
+        return [join_url(folder, name) for name in table]
+    matches = [] if web else list_shards(url, remote)
+    if not matches:
+        raise UserError(
+            f"no shards: {shown(url)} is no .tar file, and no folder that holds a sizes.json"
+            + (
+                "; write one with `mm data index` where the shards lie, or name them: {00000..00099}.tar"
+                if web
+                else " or .tar files"
+            )
+        )
+    return matches
+
+
+def _table_behind(
+    folder: str, remote: RemoteConfig, tables: dict[str, dict[str, int] | None]
+) -> dict[str, int] | None:
+    if folder not in tables:
+        text = read_small(join_url(folder, SIZES), remote)
+        tables[folder] = table = None if text is None else _table(text, folder)
+        for name in table or ():
+            if name in (".", "..") or "/" in name or not name.isprintable():
+                raise UserError(f"{shown(folder)}/{SIZES} names {name!r}, which is not the name of a file")
+    return tables[folder]
 
 
 def _listed(patterns: str | Sequence[str]) -> list[str]:
@@ -171,20 +239,62 @@ def index_shards(
     Args:
         patterns: what `expand` takes.
         write: False counts only, and touches nothing.
+        remote: how shards behind URLs are fetched; they can be counted only.
 
     Raises:
         UserError: a shard is missing, empty, not a tar, or cut short.
+        OSError: one cannot be read, or an index not be written.
     """
-    counts: dict[str, int] = {}
-    for path in expand(patterns, remote):
-        text = index_text(path)
-        counts[path] = ShardIndex(text).samples
-        if write:
-            write_atomically(index_path(path), text)
+    remote = remote or RemoteConfig()
+    paths = expand(patterns, remote)
+    behind = [path for path in paths if is_remote(path)]
+    if behind and write:
+        raise UserError(
+            f"{shown(behind[0])} cannot be written to: run `mm data index` where the shards lie, or on a copy, and "
+            "put the .idx files and sizes.json beside them"
+        )
+    counts = dict(_counted([path for path in paths if not is_remote(path)], write))
+    cache = Cache(remote)
+    with ThreadPoolExecutor(remote.downloads) as pool:
+        counts.update(zip(behind, pool.map(cache.count, behind), strict=True))
     if write:
-        for folder in {os.path.dirname(path) for path in counts}:
-            write_sizes(folder, {path: n for path, n in counts.items() if os.path.dirname(path) == folder})
-    return Catalog.of(counts)
+        folders: dict[str, dict[str, int]] = {}
+        for path, count in counts.items():
+            folders.setdefault(os.path.dirname(path), {})[path] = count
+        for folder, its_counts in folders.items():
+            write_sizes(folder, its_counts)
+    return Catalog.of({path: counts[path] for path in paths})
+
+
+def _counted(paths: list[str], write: bool) -> Iterator[tuple[str, int]]:
+    """Path and samples of shards, the shards read in parallel; a bar on a terminal."""
+    processes = min(len(os.sched_getaffinity(0)), len(paths) // 4, 32)
+    one = partial(_index_one, write=write)
+    if processes < 2 or multiprocessing.current_process().daemon:  # which may have no children
+        yield from _watched(zip(paths, map(one, paths), strict=True), len(paths))
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        try:
+            yield from _watched(zip(paths, pool.map(one, paths, chunksize=4), strict=True), len(paths))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _watched(done: Iterable[tuple[str, int]], total: int) -> Iterable[tuple[str, int]]:
+    if not sys.stderr.isatty():
+        return done
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(done, "indexing", total, console=Console(stderr=True), transient=True)
+
+
+def _index_one(path: str, write: bool) -> int:
+    text = index_text(path)
+    if write:
+        write_atomically(index_path(path), text)
+    return ShardIndex(text).samples
 
 
 def write_sizes(folder: str | Path, counts: Mapping[str, int]) -> None:
@@ -222,23 +332,25 @@ def read_catalog(patterns: str | Sequence[str], remote: RemoteConfig | None = No
     Raises:
         UserError: no shards, or a `sizes.json` that does not fit those that are there.
     """
-    paths = expand(patterns, remote)
+    remote = remote or RemoteConfig()
+    behind: dict[str, dict[str, int] | None] = {}
+    paths = _find(patterns, remote, behind)
     tables: dict[str, dict[str, int]] = {}
     sizes = np.empty(len(paths), np.int64)
     for i, path in enumerate(paths):
-        folder, name = os.path.split(path)
+        folder, name = split_url(path) if is_remote(path) else os.path.split(path)
         if folder not in tables:
-            table = Path(folder) / SIZES
-            if not table.exists():
+            table = None if path.startswith("pipe:") else _table_of(path, folder, remote, behind)
+            if table is None:
                 return Catalog(ShardNames(paths), None)
-            tables[folder] = _read_table(folder)
+            tables[folder] = table
         if name not in tables[folder]:
             raise UserError(
                 f"{folder or '.'}/sizes.json does not list {name}; run: mm data index {folder or '.'}"
             )
         sizes[i] = tables[folder][name]
     for pattern in _listed(patterns):
-        folder = os.path.normpath(os.path.expanduser(pattern))
+        folder = os.path.normpath(_local_path(pattern))
         if folder in tables and os.path.isdir(folder):
             there = _names(folder)
             if missing := sorted(name for name in tables[folder] if name not in there):
@@ -247,3 +359,11 @@ def read_catalog(patterns: str | Sequence[str], remote: RemoteConfig | None = No
                     f"them; fetch them, or run: mm data index {folder}"
                 )
     return Catalog(ShardNames(paths), sizes)
+
+
+def _table_of(
+    path: str, folder: str, remote: RemoteConfig, behind: dict[str, dict[str, int] | None]
+) -> dict[str, int] | None:
+    if is_remote(path):
+        return _table_behind(folder, remote, behind)
+    return _read_table(folder) if os.path.exists(os.path.join(folder, SIZES)) else None

@@ -1,21 +1,28 @@
-"""Shards: webdataset tars, read at random by the offsets of their members (see `index`)."""
+"""Shards: webdataset tars, read at random by the offsets of their members (see `index`).
+
+Those behind URLs are read from the cache of the node (see `cache`).
+"""
 
 import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.data.cache import Cache
 from mm.data.catalog import Catalog, index_shards, read_catalog
 from mm.data.decode import BadSample
 from mm.data.index import BLOCK, DamagedIndex, ShardIndex, open_index, open_regular
-from mm.data.remote import RemoteConfig
+from mm.data.prefetch import Prefetch
+from mm.data.remote import RemoteConfig, is_remote
 from mm.errors import UserError
 
 LARGEST_SAMPLE = 2**30  # bytes of all members
+SHARE = 64  # a process keeps one shard open, or shards of this part of the cache
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,12 @@ class Sample:
     key: str
     shard: str
     members: dict[str, bytes]
+
+
+class _Open(NamedTuple):
+    descriptor: int
+    table: ShardIndex
+    fetched: int  # bytes that stay in the cache as long as it is open; 0 for a local shard
 
 
 class ShardSet:
@@ -52,8 +65,10 @@ class ShardSet:
         self.paths = shards.paths
         self._sizes = shards.sizes
         self._ends = np.cumsum(np.zeros(0, np.int64) if shards.sizes is None else shards.sizes)
-        self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
+        self._open: OrderedDict[int, _Open] = OrderedDict()
         self._open_shards = open_shards
+        self._cache = Cache(remote or RemoteConfig())
+        self._prefetch: Prefetch | None = None
         self._pid = os.getpid()
 
     @property
@@ -64,10 +79,19 @@ class ShardSet:
 
     def count(self, shard: int) -> int:
         """Samples of a shard, which is opened to see."""
-        return self._shard(shard)[1].samples
+        return self._shard(shard).table.samples
 
     def will_need(self, shards: Iterable[int]) -> None:
-        """Start to fetch those of the shards that lie elsewhere, the first first; replaces what was asked before."""
+        """Start to fetch those of the shards that lie elsewhere, the first first; replaces what was asked before.
+
+        A mistake or a failure here shows when the shard is read.
+        """
+        self._after_fork()
+        urls = [path for shard in shards if shard not in self._open and is_remote(path := self.paths[shard])]
+        if self._prefetch is None and urls:
+            self._prefetch = Prefetch(self._cache, self._cache.config.downloads)
+        if self._prefetch is not None:
+            self._prefetch.want(urls)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self.sizes) else 0
@@ -87,7 +111,7 @@ class ShardSet:
 
     def _line(self, shard: int, index: int) -> tuple[str, dict[str, tuple[int, int]]]:
         try:
-            return self._shard(shard)[1][index]
+            return self._shard(shard).table[index]
         except DamagedIndex as error:
             raise BadSample(str(error)) from None
 
@@ -99,7 +123,7 @@ class ShardSet:
             OSError: reading failed; trying again may help.
             UserError: the shard does not fit its `sizes.json`.
         """
-        descriptor, _ = self._shard(shard)
+        descriptor = self._shard(shard).descriptor
         key, offsets = self._line(shard, index)
         total = sum(size for _, size in offsets.values())
         if total > LARGEST_SAMPLE:
@@ -121,45 +145,88 @@ class ShardSet:
             members[extension] = raw[BLOCK:]
         return Sample(key, self.paths[shard], members)
 
-    def _shard(self, shard: int) -> tuple[int, ShardIndex]:
-        if self._pid != os.getpid():  # a fork shares descriptors that the parent may close and reuse
-            self._open, self._pid = OrderedDict(), os.getpid()
+    def _shard(self, shard: int) -> _Open:
+        self._after_fork()
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         path = self.paths[shard]
-        descriptor = open_regular(path)
+        expected = int(self._sizes[shard]) if self._sizes is not None else None
+        opened = self._opened(path, expected)
+        if is_remote(path) and expected not in (None, opened.table.samples):
+            self._release(opened)  # what is cached may be an older one
+            self._cache.drop(path)
+            opened = self._opened(path, expected)
+        if expected is not None and opened.table.samples != expected:
+            self._release(opened)
+            raise UserError(
+                f"shard {path} holds {opened.table.samples} samples, but {expected} were expected; "
+                f"run: mm data index {os.path.dirname(path) or '.'}"
+            )
+        self._open[shard] = opened
+        self._close_oldest()
+        return opened
+
+    def _opened(self, path: str, expected: int | None) -> _Open:
+        if is_remote(path):
+            descriptor, place = self._cache.open(path, self._close_fetched)
+            size = fetched = os.fstat(descriptor).st_size
+        else:
+            descriptor, place, fetched = open_regular(path), path, 0
+            size = os.fstat(descriptor).st_size
         try:
-            expected = int(self._sizes[shard]) if self._sizes is not None else None
-            table = open_index(path, os.fstat(descriptor).st_size, expected)
-            if expected is not None and table.samples != expected:
-                raise UserError(
-                    f"shard {path} holds {table.samples} samples, but {expected} were expected; "
-                    f"run: mm data index {os.path.dirname(path) or '.'}"
-                )
+            return _Open(descriptor, open_index(place, size, expected), fetched)
         except BaseException:
             os.close(descriptor)
             raise
-        self._open[shard] = (descriptor, table)
+
+    def _close_oldest(self) -> None:
+        """Keep few files open, and of the cache a small part, as others need room in it too."""
         while len(self._open) > self._open_shards:
-            _, (oldest, its_table) = self._open.popitem(last=False)
-            os.close(oldest)
-            its_table.close()
-        return descriptor, table
+            self._release(self._open.popitem(last=False)[1])
+        fetched = [shard for shard, opened in self._open.items() if opened.fetched]
+        excess = sum(self._open[shard].fetched for shard in fetched) - self._cache.limit // SHARE
+        for shard in fetched[:-1]:
+            if excess > 0:
+                excess -= self._open[shard].fetched
+                self._release(self._open.pop(shard))
+
+    def _close_fetched(self) -> None:
+        for shard in [shard for shard, opened in self._open.items() if opened.fetched]:
+            self._release(self._open.pop(shard))
+
+    def _release(self, opened: _Open) -> None:
+        opened.table.close()
+        if opened.fetched:
+            self._cache.release(opened.descriptor)
+        else:
+            os.close(opened.descriptor)
+
+    def _after_fork(self) -> None:
+        """A child closes its copies of what the parent had open; the parent's threads it does not have."""
+        if self._pid != os.getpid():
+            for opened in self._open.values():
+                opened.table.close()
+                os.close(opened.descriptor)  # and no more: the lock is the parent's
+            self._open.clear()
+            self._prefetch, self._pid = None, os.getpid()
 
     def close(self) -> None:
-        """Close the files that this process opened."""
-        for descriptor, table in self._open.values() if self._pid == os.getpid() else ():
-            os.close(descriptor)
-            table.close()
-        self._open.clear()
+        """Close the files that this process opened, and fetch no more ahead."""
+        if self._pid != os.getpid():
+            return
+        while self._open:
+            self._release(self._open.popitem()[1])
+        if self._prefetch is not None:
+            self._prefetch.stop()
+            self._prefetch = None
 
     def __del__(self) -> None:
         if hasattr(self, "_open"):
             self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_open": OrderedDict()}
+        return self.__dict__ | {"_open": OrderedDict(), "_prefetch": None}
 
 
 def _is_header_of(block: bytes, name: str, size: int) -> bool:
