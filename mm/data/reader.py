@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import connection
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -211,6 +213,10 @@ def start_worker(parent: int) -> Callable[[int], None]:
             ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
             if os.getppid() != parent:  # it died before
                 os._exit(1)
+            # torch hands tensors over through a socket: without a file in /tmp, which a SIGKILL would leave there
+            numbers = itertools.count()
+            nameless = lambda family: f"\0mm-{os.getpid()}-{next(numbers)}"  # noqa: E731
+            connection.arbitrary_address = nameless  # type: ignore[attr-defined]
 
     return start
 
@@ -227,15 +233,25 @@ def worker_failures() -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = " ".join(str(error).split())
+        if said.startswith("DataLoader"):
+            _kill_workers()
         if said.startswith("DataLoader timed out"):
             raise Failure(
                 f"no batch from the data workers in {said.split()[4]} s (data.timeout): a disk or a network that does "
                 "not answer, or a process that was stopped. Start the run again: it goes on from its last checkpoint"
             ) from None
         if said.startswith("DataLoader worker"):
+            how = said.split(") ", 1)[-1].removeprefix("is ").partition(". ")[0].rstrip(". ")
             raise Failure(
-                f"a data worker died ({said.split(') ', 1)[-1].partition('. ')[0].rstrip('. ')}). Most often memory ran "
-                "out (see dmesg; lower data.workers, data.prefetch or the batch), or /dev/shm is too small (docker: "
-                "--shm-size). Start the run again: it goes on from its last checkpoint"
+                f"a data worker died ({how}). Most often memory ran out (see dmesg; lower data.workers, data.prefetch or "
+                "the batch), or /dev/shm is too small (docker: --shm-size). Start the run again: it goes on from its "
+                "last checkpoint"
             ) from None
         raise
+
+
+def _kill_workers() -> None:
+    """One that is stuck or stopped hears no other signal: torch would wait 10 s for it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises for each that dies
+    for child in multiprocessing.active_children():
+        child.kill()
