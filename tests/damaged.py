@@ -128,7 +128,8 @@ class Keyed:
         return sample.key, self.pairs(sample, rng)
 
     def collate(self, items: list[tuple[str, Item]]) -> dict[str, Any]:
-        return {"key": [key for key, _ in items], **self.pairs.collate([item for _, item in items])}
+        keys = torch.tensor([list(key.encode().ljust(16, b"\0")) for key, _ in items], dtype=torch.uint8)
+        return {"key": keys, **self.pairs.collate([item for _, item in items])}
 
 
 def open_stream(folder: Path | str, workers: int = 0, **options: Any) -> Stream:
@@ -144,10 +145,18 @@ Row = tuple[str, str, tuple[int, ...]]
 def rows(batch: StreamBatch) -> list[Row]:
     """Key, hash of the pixels and words of each item."""
     return [
-        (key, hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), tuple(filter(None, ids)))  # no padding
+        (
+            name_of(key),
+            hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
+            tuple(filter(None, ids)),
+        )  # no padding
         for part in batch.batch
         for key, pixels, ids in zip(part["key"], part["images"], part["input_ids"].tolist(), strict=True)
     ]
+
+
+def name_of(key: torch.Tensor) -> str:
+    return bytes(key.tolist()).rstrip(b"\0").decode()
 
 
 def whole_batches(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from PIL import Image, ImageOps
 from pydantic import Field
 
+from mm.data.index import open_regular
 from mm.data.sources.output import Pair, Report, SourceConfig, by_hash, progress, write_training_set
 from mm.data.sources.table import read_table
 from mm.errors import UserError
@@ -31,6 +32,8 @@ EXTENSIONS = {
     "TIFF": "tif",
 }
 AT_A_TIME = 1024  # files read ahead of the writer
+LARGEST_SIDECAR = 2**22  # bytes that are read of one
+LARGEST_IMAGE = 2**30  # bytes of a file
 
 
 class FilesConfig(SourceConfig):
@@ -95,7 +98,13 @@ def _nothing(source: Path, config: FilesConfig, report: Report) -> str:
 
 
 def _of_folder(source: Path, captions: str, report: Report) -> Iterator[Found]:
+    walked: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(source, followlinks=True):
+        about = os.stat(place)
+        if (about.st_dev, about.st_ino) in walked:  # a link led back: it would go round for ever
+            folders.clear()
+            continue
+        walked.add((about.st_dev, about.st_ino))
         folders.sort()
         for name in sorted(files):
             path = Path(place) / name
@@ -114,17 +123,23 @@ def _with_sidecar(path: Path) -> Found:
     found = Found(path)
     text, about = path.with_suffix(".txt"), path.with_suffix(".json")
     if text.is_file():
-        found.captions += text.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        found.captions += _start_of(text).splitlines()
     if about.is_file():
         try:
-            value = json.loads(about.read_text(encoding="utf-8-sig"))
-        except ValueError:
+            value = json.loads(_start_of(about))
+        except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):
             found.about = value
             given = value.get("captions") or value.get("caption") or []
             found.captions += [given] if isinstance(given, str) else given if isinstance(given, list) else []
     return found
+
+
+def _start_of(path: Path) -> str:
+    """The text of a file, as much of it as a caption may need."""
+    with path.open("rb") as file:
+        return file.read(LARGEST_SIDECAR).decode("utf-8-sig", errors="replace")
 
 
 def _of_table(source: Path, root: Path, config: FilesConfig) -> list[Found]:
@@ -161,11 +176,20 @@ def _pair(found: Found, name: str, config: FilesConfig) -> Pair | str:
     if max(map(len, captions)) > decode.LONGEST_CAPTION:
         return f"too long a caption: more than {decode.LONGEST_CAPTION} characters"
     try:
-        data = found.path.read_bytes()
+        with os.fdopen(open_regular(str(found.path)), "rb") as file:
+            data = file.read(LARGEST_IMAGE + 1)
     except FileNotFoundError:
         return "no such file"
+    except UserError:
+        return "not a file: a pipe, a device or a folder"
     except OSError as error:
         return f"unreadable file: {error.strerror}"
+    if len(data) > LARGEST_IMAGE:
+        return f"too large a file: more than {LARGEST_IMAGE:,} bytes"
+    try:
+        "".join(captions).encode()
+    except UnicodeError:
+        return "caption is not UTF-8"
     try:
         decode.image(data)
     except decode.BadSample as error:
