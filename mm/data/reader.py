@@ -243,8 +243,8 @@ def worker_failures() -> Iterator[None]:
         if said.startswith("DataLoader worker"):
             how = said.split(") ", 1)[-1].removeprefix("is ").partition(". ")[0].rstrip(". ")
             raise Failure(
-                f"a data worker died ({how}). Most often memory ran out (see dmesg; lower data.workers, data.prefetch or "
-                "the batch), or /dev/shm is too small (docker: --shm-size). Start the run again: it goes on from its "
+                f"a data worker died ({how}). Most often memory ran out (see dmesg; lower data.workers, data.prefetch "
+                "or the batch), or /dev/shm is too small (docker: --shm-size). Start the run again: it goes on from its "
                 "last checkpoint"
             ) from None
         raise
