@@ -43,6 +43,8 @@ class Spill:
         self._spilled = False
 
     def add(self, rows: Rows) -> None:
+        if not len(rows):
+            return
         self._kept.append(rows)
         self._bytes += rows.nbytes
         self._dtype = rows.dtype
@@ -70,7 +72,8 @@ class Spill:
             if self._kept:
                 yield np.concatenate(self._kept)
             return
-        self._spill()
+        if self._kept:
+            self._spill()
         assert self._dtype is not None
         for bucket in range(BUCKETS):
             if self._path(bucket).exists():
