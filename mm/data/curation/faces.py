@@ -87,9 +87,9 @@ def _share(
     """A share of something; `says` may hold {} for it. error: one standard error of the share."""
     share = part / whole if whole else 0.0
     text = percent(share) + (f" ± {percent(error)}" if error else "")
-    if part and not error and part != whole:
+    if part and isinstance(part, int) and part != whole:
         text += f" ({part:,.0f})"
-    return Finding(label, text, share, look, poor, says.format(percent(share)))
+    return Finding(label, text, share, look, poor, says.replace("{}", percent(share)))
 
 
 def _accuracy(summary: Json) -> list[Finding]:
@@ -102,9 +102,21 @@ def _accuracy(summary: Json) -> list[Finding]:
     mostly = f", mostly {KINDS[worst]}" if len(kinds) > 1 else f": {KINDS[worst]}" if kinds else ""
     found = [
         _share(
-            "Samples with a problem", unusable, samples, 0.001, 0.02, "{} of the samples cannot be used as they are"
+            "Samples with a problem",
+            unusable,
+            samples,
+            0.001,
+            0.02,
+            "{} of the samples cannot be used as they are",
         ),
-        _share("Images that cannot be decoded", counts["bad_image"], samples, 0.0005, 0.01),
+        _share(
+            "Images that cannot be decoded",
+            counts["bad_image"],
+            samples,
+            0.0005,
+            0.01,
+            "{} of the images cannot be decoded",
+        ),
         _share(
             "Captions that do not look like captions",
             odd,
@@ -113,11 +125,7 @@ def _accuracy(summary: Json) -> list[Finding]:
             0.1,
             "{} of the captions do not look like captions" + mostly,
         ),
-        *(
-            _share(f"– {text}", kinds[kind], captions)
-            for kind, text in KINDS.items()
-            if kinds.get(kind)
-        ),
+        *(_share(f"– {text}", kinds[kind], captions) for kind, text in KINDS.items() if kinds.get(kind)),
         _share("Captions of one word", counts["one_word"], captions),
         _share(f"Images under {SMALL_SIDE} pixels a side", counts["small"], counts["images"], 0.01, 0.2),
     ]
@@ -150,12 +158,19 @@ def _completeness(summary: Json) -> list[Finding]:
             "Shards that cannot be opened", shards["broken_count"], shards["count"], 1e-9, 0.01,
             "{} of the shards cannot be opened",
         ),
+        _share(
+            "Samples damaged in their shard", counts["damaged"], samples, 1e-9, 0.01,
+            "{} of the samples are damaged in their shards",
+        ),
         _share("Samples without an image", counts["no_image"], samples, 0.001, 0.02, "{} have no image"),
         _share(
             "Samples without a caption that can be read", counts["no_caption"], samples, 0.001, 0.02,
             "{} have no caption that can be read",
         ),
-        _share("Samples with an empty member", min(counts["empty_members"], samples), samples, 0.001, 0.02),
+        _share(
+            "Samples with an empty member", min(counts["empty_members"], samples), samples, 0.001, 0.02,
+            "{} have an empty member",
+        ),
         _share("Samples with a json", objects, samples),
     ]  # fmt: skip
     if expected is not None:
@@ -164,7 +179,9 @@ def _completeness(summary: Json) -> list[Finding]:
         rates = fill_rates(summary)
         gaps = [name for name, present, filled, _ in rates if filled < 0.9 * objects]
         found += [
-            _share("Json that cannot be read", counts["bad_json"], objects, 0.001, 0.02),
+            _share(
+                "Json that cannot be read", counts["bad_json"], objects, 0.001, 0.02, "{} of the json cannot be read"
+            ),
             _share("Json that is no object", counts["json_no_object"], objects, 0.001, 0.02),
             _share(
                 "Json keys filled in less than 90% of them", len(gaps), len(rates), 1e-9, None,
@@ -302,7 +319,6 @@ class _Counts:
         return int(self._histograms["characters"].get("count", 0))
 
 
-
 def _several(label: str, tally: Json, whole: int, says: str, look: float = 0.02) -> Finding:
     """How many kinds there are, and the share of all but the most frequent."""
     top = tally["top"]
@@ -326,8 +342,11 @@ def _middle(histogram: Json) -> str:
 
 
 def _number(group: Json, name: str) -> str:
-    return f"{'' if group['exact'] else 'at least '}{group[name]:,.0f}"
+    digits = 1 if name == "effective_values" and group[name] < 100 else 0
+    return f"{'' if group['exact'] else 'at least '}{group[name]:,.{digits}f}"
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(repr(name) for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

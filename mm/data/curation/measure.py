@@ -208,6 +208,7 @@ class Measure:
         found.contents["keys"].add(key.encode("utf-8", "surrogatepass"))
         found.tallies["keys"].add(_shape(key))
         if visited.sample is None:
+            found.counts["damaged"] += 1
             self._problem(found, visited, visited.problem or "damaged")
             return
         sample, problems = visited.sample, []
@@ -223,7 +224,9 @@ class Measure:
             return
         found.counts["usable"] += 1
         caption = wording.readable(decode.captions(sample)[0])
-        found.examples["typical"].add(digest(f"{key}\t{index}".encode("utf-8", "replace")), index, key, caption)
+        found.examples["typical"].add(
+            digest(f"{key}\t{index}".encode("utf-8", "replace")), index, key, caption
+        )
         if pairs:
             pairs.add(visited, sample)
 
@@ -258,7 +261,7 @@ class Measure:
         found.tallies["formats"].add(about.format)
         found.tallies["modes"].add(about.mode)
         channels = _CHANNELS.get(about.mode, 1)
-        found.tallies["depths"].add(f"{about.depth} bits x {channels} channel{'s' * (channels > 1)}")
+        found.tallies["depths"].add(f"{about.depth} bits × {channels} channel{'s' * (channels > 1)}")
         found.counts["turned"] += about.turned
         found.counts["animated"] += about.animated
         found.counts["small"] += min(width, height) < SMALL_SIDE

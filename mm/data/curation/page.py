@@ -15,6 +15,7 @@ from mm.data.curation.sketches import Json
 from mm.data.decode import BadSample
 from mm.data.shards import ShardSet
 from mm.errors import UserError
+from mm.report.plots import short
 from mm.report.style import CSS
 
 SIDE = 192
@@ -41,10 +42,10 @@ td.look { color: var(--c2); font-weight: 600; } td.poor { color: var(--bad); fon
 .gallery li { font-size: 12.5px; line-height: 1.35; color: var(--faint); min-width: 0; overflow-wrap: anywhere; }
 .gallery img, .gallery .none { display: block; width: 100%; height: 112px; object-fit: contain; margin-bottom: 4px;
   border-radius: 6px; border: 1px solid var(--line); }
-.gallery img { background: repeating-conic-gradient(#fff 0 25%, #ececec 0 50%) 0 / 12px 12px; }
+.gallery img { background: var(--panel); } .gallery img.clear { background: #fff; }
 .gallery .none { display: grid; place-items: center; background: var(--panel); }
 .gallery b { display: block; font-weight: 400; color: var(--ink); }
-.gallery h4, h4 { font-size: 14px; font-weight: 600; margin: 22px 0 8px; }
+h4 { font-size: 14px; font-weight: 600; margin: 22px 0 8px; } h4 .faint { font-weight: 400; margin-left: 6px; }
 :root { --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --bad: #f2877f; } }
 @media (max-width: 640px) { .gallery { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); } }
@@ -65,6 +66,8 @@ PLOTS = (
     ("matched", "Similarity", "cosine of image and caption"),
     ("shuffled", "Shuffled", "cosine of image and another's caption"),
 )
+# extremes are shown where they differ
+EXTREMES = {"smallest": "pixels", "largest": "pixels", "widest": "aspect", "tallest": "aspect"}
 GALLERIES = (
     ("typical", "Drawn at random", "chosen by a hash of their keys"),
     ("problems", "With a problem", "chosen by a hash of their keys"),
@@ -78,7 +81,9 @@ GALLERIES = (
 )
 
 
-def thumbnails(shards: ShardSet, examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[int, int], bytes]:
+def thumbnails(
+    shards: ShardSet, examples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[tuple[int, int], bytes]:
     """(shard, index) -> JPEG or PNG of at most SIDE pixels, of the examples that can be decoded."""
     found: dict[tuple[int, int], bytes] = {}
     wanted = {(one["shard"], one["index"]) for kind in examples.values() for one in kind}
@@ -121,7 +126,9 @@ def render(summary: Json, pictures: Thumbnails) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: data</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{CSS}{STYLE}</style></head>\n<body>\n" + "\n".join(filter(None, sections)) + "\n</body></html>\n"
+        f"<style>{CSS}{STYLE}</style></head>\n<body>\n"
+        + "\n".join(filter(None, sections))
+        + "\n</body></html>\n"
     )
 
 
@@ -171,10 +178,13 @@ def _faces(summary: Json) -> str:
 
 
 def _plots(summary: Json) -> str:
-    drawn = []
+    drawn, alike = [], []
     for name, title, unit in PLOTS:
         histogram = summary["histograms"][name]
-        if not histogram or (histogram["min"] == histogram["max"] and name in ("captions", "shard_samples")):
+        if not histogram:
+            continue
+        if histogram["min"] == histogram["max"]:
+            alike.append(f"{title.lower()} {_figure(histogram['min'], '.4g')} ({unit})")
             continue
         whole = name not in ("aspect", "bits_per_pixel", "matched", "shuffled")
         digits = ".4g" if name not in ("matched", "shuffled") else ".3f"
@@ -186,13 +196,16 @@ def _plots(summary: Json) -> str:
             f"{bars.histogram(histogram['bars'], title, whole)}"
             f"<figcaption>median {middle}, mean {mean}, {low} to {high}</figcaption></figure>"
         )
-    note = "Bars are of equal width on a scale that is logarithmic where values reach far."
-    if not drawn:
+    note = "Scales are logarithmic where values reach far." if drawn else ""
+    note += f" The same everywhere: {', '.join(alike)}." if alike else ""
+    if not note:
         return ""
     return f'<h2>Distributions</h2><p class="faint about">{note}</p><div class="plots">{"".join(drawn)}</div>'
 
 
 def _figure(value: float, digits: str) -> str:
+    if abs(value) >= 1e6:
+        return short(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:{digits}}"
 
 
@@ -282,7 +295,11 @@ def _problems(summary: Json) -> str:
         for one in shards["wrong_size"]
     ]
     tables = [
-        _table("Samples (#: a number)", summary["tallies"]["problems"]["top"], summary["counts"].get("samples", 0)),
+        _table(
+            "Samples (#: a number)",
+            summary["tallies"]["problems"]["top"],
+            summary["counts"].get("samples", 0),
+        ),
         _list("Shards that cannot be opened", [row[0] for row in broken]),
         _list("Shards of another size than sizes.json says", [row[0] for row in wrong]),
     ]
@@ -303,7 +320,8 @@ def _galleries(summary: Json, pictures: Thumbnails) -> str:
     parts = []
     for name, title, note in GALLERIES:
         shown = summary["examples"][name]
-        if shown:
+        extent = summary["histograms"][EXTREMES[name]] if name in EXTREMES else {}
+        if shown and not (extent and extent["min"] == extent["max"]):
             cells = "".join(_example(one, pictures) for one in shown)
             about = f' <span class="faint">{note}</span>' if note else ""
             parts.append(f'<h4>{title}{about}</h4><ul class="gallery">{cells}</ul>')
@@ -314,10 +332,11 @@ def _example(example: Mapping[str, Any], pictures: Thumbnails) -> str:
     data = pictures.get((example["shard"], example["index"]))
     key = text(example["key"], 80)
     if data is None:
-        picture = '<span class="none">no image</span>'
+        picture = '<span class="none">no picture</span>'
     else:
-        kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-        picture = f'<img alt="{key}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+        kind, clear = ("png", ' class="clear"') if data.startswith(b"\x89PNG") else ("jpeg", "")
+        source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        picture = f'<img{clear} alt="{key}" src="{source}">'
     return f"<li>{picture}<b><bdi>{text(example['note'], 110)}</bdi></b>{key}</li>"
 
 

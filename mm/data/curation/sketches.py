@@ -134,7 +134,7 @@ class Histogram:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """From its JSON."""
-        bins = {number: times for number, times in record["bins"]}
+        bins = dict(record["bins"])
         if not bins:
             return cls(record["scale"])
         total, least, greatest = record["total"], record["least"], record["greatest"]

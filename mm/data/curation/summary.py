@@ -102,9 +102,10 @@ def gini(counts: Sequence[int]) -> float:
     total = sum(ordered)
     if not total:
         return 0.0
-    return 2 * sum(i * count for i, count in enumerate(ordered, start=1)) / (number * total) - (
-        number + 1
-    ) / number
+    return (
+        2 * sum(i * count for i, count in enumerate(ordered, start=1)) / (number * total)
+        - (number + 1) / number
+    )
 
 
 def similarity(matched: Histogram, shuffled: Histogram) -> Json:
@@ -150,7 +151,7 @@ def bars(histogram: Histogram, most: int = 36) -> list[list[float]]:
         number = max(1, math.ceil((high - low) / width))
         high = low + number * width
     if high <= low:
-        low, high, number = 0.98 * low - 0.01, 1.02 * high + 0.01, 3
+        low, high, number = low - 0.02 * abs(low) - 0.01, high + 0.02 * abs(high) + 0.01, 3
     at, back = (math.log, math.exp) if logarithmic else (float, float)
     start, span = at(low), at(high) - at(low)
     found = [0] * number

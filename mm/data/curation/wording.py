@@ -11,7 +11,8 @@ LONGEST_WORD = 60  # characters; longer ones are counted under their beginning
 
 _FILE = re.compile(
     r"\S.{0,200}\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|heic|pdf|mp4|psd)"
-    r"|(?:img|dsc[nf]?|dcim|pict?|image|photo|screenshot|screen shot|untitled|scan)[-_ ]?\(?\d[\d_() -]*(?:copy|edit(?:ed)?)?",
+    r"|(?:img|dsc[nf]?|dcim|pict?|image|photo|screenshot|screen shot|untitled|scan)"
+    r"[-_ ]?\(?\d[\d_() -]*(?:copy|edit(?:ed)?)?",
     re.IGNORECASE,
 )
 _ADDRESS = re.compile(r"(?:https?|ftp)://|www\.\w|\bdata:image/", re.IGNORECASE)
