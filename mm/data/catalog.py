@@ -182,8 +182,8 @@ def _table_behind(
         text = read_small(join_url(folder, SIZES), remote)
         tables[folder] = table = None if text is None else _table(text, folder)
         for name in table or ():
-            if name in (".", "..") or "/" in name or not name.isprintable():
-                raise UserError(f"{shown(folder)}/{SIZES} names {name!r}, which is not the name of a file")
+            if "/" in name or not name.endswith(".tar") or not name.isprintable():
+                raise UserError(f"{shown(folder)}/{SIZES} names {name!r}, which is not the name of a shard")
     return tables[folder]
 
 
