@@ -46,26 +46,26 @@ class EncodedImage:
 
     def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS):
         """Raises BadSample: not an image, damaged, or of more than max_pixels pixels."""
-        self._data = data
+        self._data, self._max_pixels = data, max_pixels
+        self._decoded: NDArray[np.uint8] | None = None
         with _bad_sample(data):
-            self._opened = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = self._opened.size
-            if width * height > max_pixels:
-                raise BadSample(f"image of {width} x {height} pixels exceeds the limit of {max_pixels}")
-            self._decoded = None if self._is_plain_jpeg() else _with_pillow(self._opened)
-            self._orientation = _orientation(self._opened)
-        if self._decoded is not None:
-            height, width, _ = self._decoded.shape
-        elif self._orientation >= 5:
-            height, width = width, height
+            header = _jpeg_header(data)
+            if header is None:
+                self._decoded = _with_pillow(data, max_pixels)
+                height, width, _ = self._decoded.shape
+            else:
+                height, width, self._orientation = header
+                _check_pixels(width, height, max_pixels)
+                if self._orientation >= 5:
+                    height, width = width, height
         self.size = height, width
 
     def pixels(self, reduce: int = 1) -> Tensor:
         """Decode.
 
         Args:
-            reduce: 1, 2, 4 or 8: a JPEG may come at that part of its size, rounded up, by an inverse DCT of
-                fewer coefficients; what else comes whole.
+            reduce: 1, 2, 4 or 8: a JPEG comes at that part of its size, rounded up, by an inverse DCT of fewer
+                coefficients; where that cannot be done, and all else, comes whole.
 
         Returns:
             uint8 (3, H, W), or (4, H, W) when the image has an alpha channel (not premultiplied); interleaved
@@ -74,24 +74,14 @@ class EncodedImage:
         Raises:
             BadSample: damaged.
         """
-        with _bad_sample(self._data):
-            if self._decoded is None:
+        decoded = self._decoded
+        if decoded is None:
+            with _bad_sample(self._data):
                 try:
                     decoded = _turned(_with_simplejpeg(self._data, reduce), self._orientation)
                 except ValueError:  # it stops at the least oddity; Pillow says what is damage
-                    decoded = _with_pillow(self._opened)
-            else:
-                decoded = self._decoded
+                    decoded = _with_pillow(self._data, self._max_pixels)
         return torch.from_numpy(decoded).permute(2, 0, 1)
-
-    def _is_plain_jpeg(self) -> bool:
-        if self._opened.format not in ("JPEG", "MPO") or self._opened.mode not in ("RGB", "L"):
-            return False
-        try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(self._data)
-        except ValueError:
-            return False
-        return (width, height) == self._opened.size  # it is this size that was held against the limit
 
 
 def image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -111,9 +101,7 @@ def image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
 def _bad_sample(data: bytes) -> Iterator[None]:
     """Decoders raise nearly every kind of error on damaged data: all become BadSample."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-            yield
+        yield
     except BadSample:
         raise
     except Exception as error:
@@ -123,6 +111,39 @@ def _bad_sample(data: bytes) -> Iterator[None]:
         raise BadSample(f"not an image that can be decoded: {first_line}"[:200]) from None
 
 
+def _check_pixels(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise BadSample(f"image of {width} x {height} pixels exceeds the limit of {most}")
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
+    """Stored height and width and the orientation (1 to 8) of a JPEG; None where Pillow must decode."""
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colors in ("CMYK", "YCCK"):
+        return None
+    orientation = 1
+    if _has_metadata(data):
+        with _pillow(data) as opened:
+            orientation = opened.getexif().get(ORIENTATION, 1)
+    return height, width, orientation if orientation in range(1, 9) else 1
+
+
+def _has_metadata(data: bytes) -> bool:
+    """Whether a JPEG has EXIF or XMP data (APP1), or has an odd header that may hide some.
+
+    Pillow's look at every header would take as long as a twentieth of the decoding.
+    """
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1] != 0xE1:
+        if data[at + 1] == 0xDA:  # the scan
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return True
+
+
 def _with_simplejpeg(data: bytes, reduce: int) -> NDArray[np.uint8]:
     """(H, W, 3). ValueError where libjpeg has any remark, be it that some bytes are left over."""
     if reduce == 1:
@@ -130,14 +151,6 @@ def _with_simplejpeg(data: bytes, reduce: int) -> NDArray[np.uint8]:
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     least = {"min_height": -(-height // reduce), "min_width": -(-width // reduce)}
     return simplejpeg.decode_jpeg(data, **least, min_factor=reduce)
-
-
-def _orientation(opened: Image.Image) -> int:
-    """1 to 8, as EXIF counts them."""
-    if "exif" not in opened.info and "xmp" not in opened.info:
-        return 1
-    found = opened.getexif().get(ORIENTATION, 1)
-    return found if found in range(1, 9) else 1
 
 
 def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
@@ -151,18 +164,25 @@ def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels)
 
 
-def _with_pillow(opened: Image.Image) -> NDArray[np.uint8]:
+@contextmanager
+def _pillow(data: bytes) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on odd metadata
+        yield Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """(H, W, 3), or (H, W, 4) with alpha."""
-    opened = ImageOps.exif_transpose(opened)
-    if opened.mode.startswith("I") or opened.mode == "F":
-        grey = np.asarray(opened).astype(np.float64) / (257 if opened.mode.startswith("I;16") else 1)
-        grey = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if opened.mode == "CMYK" and opened.format in ("JPEG", "MPO") and "adobe" not in opened.info:
-        opened = ImageChops.invert(
-            opened
-        )  # only Adobe's programs write ink upside down; Pillow expects it of all
-    return np.array(opened.convert("RGBA" if opened.has_transparency_data else "RGB"))
+    with _pillow(data) as opened:
+        _check_pixels(*opened.size, max_pixels)
+        ImageOps.exif_transpose(opened, in_place=True)
+        if opened.mode.startswith("I") or opened.mode == "F":
+            grey = np.asarray(opened).astype(np.float64) / (257 if opened.mode.startswith("I;16") else 1)
+            grey = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        if opened.mode == "CMYK" and opened.format in ("JPEG", "MPO") and "adobe" not in opened.info:
+            opened = ImageChops.invert(opened)  # only Adobe's files hold ink upside down; Pillow turns all
+        return np.array(opened.convert("RGBA" if opened.has_transparency_data else "RGB"))
 
 
 def image_member(sample: "Sample") -> bytes:
