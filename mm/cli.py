@@ -1,7 +1,10 @@
 """The command `mm`: reads its arguments, and hands over."""
 
 import difflib
+import importlib
+import json
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 from mm.errors import UserError
@@ -10,9 +13,13 @@ HELP = """usage: mm COMMAND ...
 
   mm data make SOURCE [key=value ...]   write shards from a public source, a folder or a table of images
   mm data index SHARDS ...              write sizes.json and member offsets for shards that exist
+  mm data check SHARDS ...              what is damaged, missing or there twice
+  mm data stats SHARDS ...              sizes, captions, words, quality: figures and a page with examples
+  mm data filter SHARDS ... out=FOLDER  leave out what rules, near duplicates, a model or balancing say
+  mm data plan SHARDS ... batch=N       what a run will read, cache and mix, before it is started
   mm report RUN                         write the page RUN/report.html again
 
-mm COMMAND --help says more about each. Training and evaluation are programs of their own:
+mm COMMAND --help says more about each and lists its keys. Training and evaluation are programs of their own:
   python -m train.pretrain --help       python -m eval.suite --help
 """
 INDEX_HELP = """usage: mm data index SHARDS ...
@@ -24,6 +31,14 @@ REPORT_HELP = """usage: mm report RUN
 
 RUN: the folder of a run, finished or not. Writes RUN/report.html from what the run left there.
 """
+
+
+TOOLS = {  # command -> module, class of its config
+    "check": ("mm.data.curation.check", "CheckConfig"),
+    "stats": ("mm.data.curation.stats", "StatsConfig"),
+    "filter": ("mm.data.curation.filter", "FilterConfig"),
+    "plan": ("mm.data.plan", "PlanConfig"),
+}
 
 
 def main() -> NoReturn:
@@ -42,11 +57,12 @@ def dispatch(argv: list[str]) -> None:
 
 
 def data(argv: list[str]) -> None:
-    """`mm data make|index`."""
+    """`mm data make|index|check|stats|filter|plan`."""
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
         return
-    _pick({"make": make, "index": index}, argv[0], "command mm data")(argv[1:])
+    tools = {name: partial(tool, name) for name in TOOLS}
+    _pick({"make": make, "index": index, **tools}, argv[0], "command mm data")(argv[1:])
 
 
 def make(argv: list[str]) -> None:
@@ -76,6 +92,18 @@ def index(argv: list[str]) -> None:
 
     found = index_shards(argv)
     print(f"indexed {len(found):,} shards with {found.samples:,} samples")
+
+
+def tool(name: str, argv: list[str]) -> None:
+    """`mm data TOOL SHARDS ... [CONFIG.yaml] [key=value ...]`."""
+    from mm.config import parse
+
+    module, config = TOOLS[name]
+    code = importlib.import_module(module)
+    shards = [word for word in argv if not word.startswith("-") and "=" not in word and word[-5:] != ".yaml"]
+    rest = [word for word in argv if word not in shards]
+    named = [f"shards={json.dumps(shards)}"] if shards else []
+    code.run(parse(getattr(code, config), [*rest, *named], f"mm data {name}"))
 
 
 def report(argv: list[str]) -> None:

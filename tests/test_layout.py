@@ -72,6 +72,46 @@ def test_reads_are_those_that_happen(order: Order, ranks: int) -> None:
     assert found.per_rank == max(sum(1 for r, _, _ in opened if r == rank) for rank in range(ranks))
 
 
+def test_shards_between_lanes_are_fetched_twice() -> None:
+    order = Order(np.full(100, 10), 1, 4, 16)  # lanes of 25 shards each: none in between
+    assert reads(order, 4).fetched == 100 and reads(order, 4).amplification == 1
+    order = Order(np.full(100, 10), 1, 8, 16)  # lanes of 12.5 shards: four of the seven borders cut a shard
+    assert reads(order, 1).fetched == 104
+    order = Order(np.full(2, 1024), 1, 256, 16)  # all lanes are in the two shards at all times
+    found = reads(order, 16, nodes=2)
+    assert (found.opened, found.fetched, reads(order, 16, nodes=4).fetched) == (256, 2, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(orders(), st.sampled_from([1, 2, 3, 6]), st.sampled_from([1, 2, 3]))
+def test_fetches_are_those_of_a_cache_that_drops_what_is_not_in_use(
+    order: Order, each: int, nodes: int
+) -> None:
+    """Against the plain way: each node walks through its pieces of the lanes in time, sample by sample."""
+    ranks = each * nodes
+    pieces = [
+        (rank * nodes // ranks, lane)
+        for rank in range(ranks)
+        for lane in range(rank * order.lanes // ranks, -(-(rank + 1) * order.lanes // ranks))
+    ]
+    shards, ends = order.shuffled_shards(0)
+    uses: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for node, lane in pieces:
+        start, end = (int(order.lane_start(np.array(at))) for at in (lane, lane + 1))
+        for place in range(len(shards)):
+            begin, stop = int(ends[place] - order.sizes[shards[place]]), int(ends[place])
+            if max(begin, start) < min(stop, end):
+                span = ((max(begin, start) - start) / (end - start), (min(stop, end) - start) / (end - start))
+                uses.setdefault((node, place), []).append(span)
+    fetched = 0
+    for spans in uses.values():
+        last = -1.0
+        for since, until in sorted(spans):
+            fetched += since > last
+            last = max(last, until)
+    assert reads(order, ranks, nodes).fetched == fetched
+
+
 @pytest.mark.parametrize("lanes", [256, 64, 16])
 def test_shuffle_tells_well_mixed_from_clumped(lanes: int) -> None:
     mixed = shuffle(Order(np.full(300, 1000), 1, lanes, 160), 1024)

@@ -64,38 +64,55 @@ class Reads(NamedTuple):
     shards: int
     """Shards that hold samples."""
     opened: int
-    """Times that a shard is opened by a rank for a lane: each needs it once, for a while."""
+    """Times that a rank opens a shard for one of its lanes."""
     per_rank: int
     """The most that one rank opens."""
     at_once: int
     """The most that one rank has open at a time, one a lane."""
+    fetched: int
+    """Times that a node fetches a shard, if its cache holds what is in use and nothing else."""
 
     @property
     def amplification(self) -> float:
-        """Bytes read over bytes there are, if a shard is dropped as soon as its lane is done with it."""
-        return self.opened / max(1, self.shards)
+        """Bytes fetched over bytes there are. Of local shards nothing but the samples themselves is read."""
+        return self.fetched / max(1, self.shards)
 
 
-def reads(order: Order, ranks: int) -> Reads:
+def reads(order: Order, ranks: int, nodes: int = 1) -> Reads:
     """Counted over the first epoch's order, exactly.
 
     A lane is a contiguous piece of the list of samples; a rank takes S / ranks lanes, and where that is no
-    whole number shares a lane with the next rank: both then read its shards.
+    whole number shares a lane with the next rank: both then read its shards. The shard in which one lane ends
+    and the next one begins is needed twice, at the end and at the start of the pass.
+
+    Args:
+        nodes: machines, with a cache each, that share out the ranks.
     """
-    _, ends = order.shuffled_shards(0)
-    first, last, owners = [], [], []
-    for rank in range(ranks):
-        lanes = np.arange(rank * order.lanes // ranks, -(-(rank + 1) * order.lanes // ranks))
-        first.append(order.lane_start(lanes))
-        last.append(order.lane_start(lanes + 1) - 1)
-        owners.append(len(lanes))
-    begins = np.searchsorted(ends, np.concatenate(first), side="right")
-    closes = np.searchsorted(ends, np.concatenate(last), side="right")
-    sizes = order.sizes[order.shuffled_shards(0)[0]]
-    filled = np.concatenate([[0], np.cumsum(sizes > 0)])  # empty shards are passed over
-    opened = filled[closes + 1] - filled[begins]
-    per_rank = [int(part.sum()) for part in np.split(opened, np.cumsum(owners)[:-1])]
-    return Reads(int((sizes > 0).sum()), int(opened.sum()), max(per_rank), max(owners))
+    shards, ends = order.shuffled_shards(0)
+    sizes = order.sizes[shards].astype(np.int64)
+    lanes = [np.arange(r * order.lanes // ranks, -(-(r + 1) * order.lanes // ranks)) for r in range(ranks)]
+    lane, rank = np.concatenate(lanes), np.repeat(np.arange(ranks), [len(part) for part in lanes])
+    start, end = order.lane_start(lane), order.lane_start(lane + 1)
+    first = np.searchsorted(ends, start, side="right")
+    count = np.searchsorted(ends, end - 1, side="right") - first + 1
+    # a row for each lane of a rank and each shard in it
+    piece = np.repeat(np.arange(len(lane)), count)
+    place = np.arange(len(piece)) - np.repeat(np.cumsum(count) - count, count) + first[piece]
+    filled = sizes[place] > 0
+    piece, place = piece[filled], place[filled]
+    length = (end - start)[piece]
+    since = np.maximum(ends[place] - sizes[place] - start[piece], 0) / length
+    until = np.minimum(ends[place] - start[piece], length) / length
+    # on a node, uses of a shard that overlap in time are one
+    group = (rank[piece] * nodes // ranks) * len(sizes) + place
+    by_time = np.lexsort((since, group))
+    group, since, until = group[by_time], since[by_time], until[by_time]
+    number = np.cumsum(np.diff(group, prepend=-1) != 0)  # of the group, to tell the times of groups apart
+    before = np.maximum.accumulate(until + 2 * number)[:-1]
+    fetched = 1 + int((since[1:] + 2 * number[1:] > before).sum())
+    opened = np.bincount(rank[piece], minlength=ranks)
+    at_once = max(len(part) for part in lanes)
+    return Reads(int((sizes > 0).sum()), len(piece), int(opened.max()), at_once, fetched)
 
 
 class Shuffle(NamedTuple):

@@ -164,10 +164,13 @@ class Stream:
                 lines.append(name + text)
                 continue
             lines.append(f"{name}{part.samples:,} samples, {cover['epochs']:.1f} passes")
-            reads = layout.reads(part.order, self.world_size)
+            nodes = max(1, self.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
+            reads = layout.reads(part.order, self.world_size, nodes)
+            once = "each sample is read once (1.00x)"
+            if is_remote(part.shards.paths[0]):
+                once = f"a pass fetches {reads.amplification:.2f}x the bytes there are"
             lines.append(
-                f"  {part.order.lanes} lanes: a pass opens {reads.shards:,} shards {reads.opened:,} times, "
-                f"{reads.amplification:.2f}x; at most {reads.at_once} at a time on a rank"
+                f"  {part.order.lanes} lanes in {reads.shards:,} shards, {reads.at_once} of them on a rank: {once}"
             )
         return lines
 
