@@ -8,6 +8,7 @@ t / max(count, t), draws it. The draws are a function of (seed, sample, concept)
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,12 +102,13 @@ def choose_threshold(counts: NDArray[np.int64], tail_share: float) -> int:
     if not len(ordered):
         return 1
     share = np.cumsum(ordered) / ordered.sum()
-    return int(ordered[min(np.searchsorted(share, tail_share), len(ordered) - 1)])
+    return int(ordered[min(int(np.searchsorted(share, tail_share)), len(ordered) - 1)])
 
 
 def keep_probability(counts: NDArray[np.int64], threshold: int) -> NDArray[np.float64]:
     """t / max(count, t) for each concept."""
-    return threshold / np.maximum(counts, threshold)
+    probability: NDArray[np.float64] = threshold / np.maximum(counts, threshold)
+    return probability
 
 
 def draws(samples: NDArray[np.uint64], concepts: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
@@ -114,20 +116,30 @@ def draws(samples: NDArray[np.uint64], concepts: NDArray[np.int64], seed: int) -
     return (mix(seed, samples, concepts) >> np.uint64(11)) * 2.0**-53
 
 
-def drawn(
-    samples: NDArray[np.uint64],
-    owners: NDArray[np.int64],
-    concepts: NDArray[np.int64],
-    probability: NDArray[np.float64],
-    seed: int,
-) -> NDArray[np.bool_]:
-    """Which samples stay, as Algorithm 1's second part.
+class Matches(NamedTuple):
+    """The concepts in some samples."""
 
-    Args:
-        samples: (N,) a hash of each.
-        owners, concepts: (M,) a pair for each concept in each sample: the sample's place, the concept's number.
-        probability: of each concept, from `keep_probability`.
-    """
-    stays = np.zeros(len(samples), dtype=bool)
-    stays[owners[draws(samples[owners], concepts, seed) < probability[concepts]]] = True
-    return stays
+    samples: NDArray[np.uint64]
+    """(N,) a hash of each sample"""
+    owners: NDArray[np.int64]
+    """(M,) the place of a sample, one for each concept in it"""
+    concepts: NDArray[np.int64]
+    """(M,) the number of that concept"""
+
+
+def count(concepts: int, parts: Iterable[Matches]) -> NDArray[np.int64]:
+    """In how many samples each of so many concepts is: Algorithm 1's first part."""
+    counts = np.zeros(concepts, dtype=np.int64)
+    for part in parts:
+        np.add.at(counts, part.concepts, 1)
+    return counts
+
+
+def drawn(
+    part: Matches, probability: NDArray[np.float64], seed: int
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(N,) which samples one of their concepts draws, and (N,) which have none: Algorithm 1's second part."""
+    stays = np.zeros(len(part.samples), dtype=bool)
+    hit = draws(part.samples[part.owners], part.concepts, seed) < probability[part.concepts]
+    stays[part.owners[hit]] = True
+    return stays, np.bincount(part.owners, minlength=len(stays)) == 0

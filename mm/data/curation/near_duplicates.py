@@ -1,7 +1,7 @@
 """Images that look alike: a perceptual hash of 64 bits, and all groups within a distance, found exactly."""
 
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 
 import numpy as np
@@ -217,7 +217,7 @@ def _cheapest_masks(hashes: NDArray[np.uint64], distance: int) -> list[np.uint64
 def _masks(bits: list[int], distance: int, r: int) -> list[np.uint64]:
     """Each choice of r of the d + r bands that the bits are cut into."""
     edges = [len(bits) * band // (distance + r) for band in range(distance + r + 1)]
-    bands = [sum(1 << bit for bit in bits[low:high]) for low, high in zip(edges, edges[1:])]
+    bands = [sum(1 << bit for bit in bits[low:high]) for low, high in pairwise(edges)]
     return [np.uint64(sum(chosen)) for chosen in combinations(bands, r)]
 
 

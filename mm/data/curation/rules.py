@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -17,7 +18,7 @@ from mm.data.decode import FORMATS
 from mm.data.transforms import WHITE, composite
 
 _ADDRESS = re.compile(
-    r"(?:https?|ftp)://|\bwww\.\w|\b[\w-]{2,}\.(?:com|org|net|info|biz|de|fr|co\.uk|ru|io)\b(?!\.\w)|\S@\w+\.\w",
+    r"(?:https?|ftp)://|\bwww\.\w|\b[\w-]{2,40}\.(?:com|org|net|info|biz|de|fr|co\.uk|ru|io)\b(?!\.\w)|\S@\w+\.\w",
     re.IGNORECASE,
 )
 _MARKUP = re.compile(r"</?[a-z!][^<>]{0,200}>|&(?:[a-z]{2,8}|#x?[0-9a-f]+);|\{\{|\[/?[a-z]+\]", re.IGNORECASE)
@@ -109,12 +110,16 @@ class ImageRules(Config):
     """Formats that stay, by the content of the file; null: all that can be read."""
 
 
-def captions_fault(captions: list[str], rules: CaptionRules) -> Fault | None:
-    """Why the captions of a sample do not pass, None where they do."""
-    found = [caption_fault(caption, rules) for caption in captions]
-    if not rules.all_captions and None in found:
-        return None
-    return next((fault for fault in found if fault is not None), None)
+def captions_fault(captions: list[str], rules: CaptionRules) -> tuple[str, Fault] | None:
+    """Which caption of a sample does not pass, and why; None where they pass."""
+    found = []
+    for caption in captions:
+        fault = caption_fault(caption, rules)
+        if fault is not None:
+            found.append((caption, fault))
+        elif not rules.all_captions:
+            return None
+    return found[0] if found else None
 
 
 def caption_fault(caption: str, rules: CaptionRules) -> Fault | None:
@@ -214,3 +219,13 @@ def spread(image: Tensor) -> tuple[float, float]:
     deviation = float(share @ (grey - mean) ** 2) ** 0.5
     there = share[share > 0]
     return deviation, float(-(there * np.log2(there)).sum())
+
+
+def repeats(texts: NDArray[np.uint64], most: int) -> NDArray[np.bool_]:
+    """(N,) hashes of captions -> which come after `most` equal ones."""
+    order = np.argsort(texts, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(texts[order]).astype(bool)])
+    rank = np.arange(len(texts)) - np.repeat(starts, np.diff(np.r_[starts, len(texts)]))
+    surplus = np.zeros(len(texts), dtype=bool)
+    surplus[order[rank >= most]] = True
+    return surplus
