@@ -20,10 +20,10 @@ class Killed(BaseException):
     """Stands for a SIGKILL."""
 
 
-def loop_of(run, values, *, write_model, best="val/accuracy", seconds=0.0, state=None):
+def loop_of(run, values, *, write_model, best="val/accuracy", seconds=0.0, state=None, bad=(), max_bad=0.05):
     """A loop over a tiny model that evaluates after each step, with these values of the best metric."""
     engine = engine_of(Regression())
-    batches = [StreamBatch(micro_batches(i, 1), (i + 1) * GLOBAL_BATCH, []) for i in range(STEPS)]
+    batches = [StreamBatch(micro_batches(i, 1), (i + 1) * GLOBAL_BATCH, list(bad)) for i in range(STEPS)]
     state = state or TrainState(step=0, samples=0)
     schedule = Schedule(STEPS, STEPS * GLOBAL_BATCH, save_every=4, evaluate_every=1, log_every=1)
     log = Log(run, every=1, tensorboard=False)
@@ -36,7 +36,7 @@ def loop_of(run, values, *, write_model, best="val/accuracy", seconds=0.0, state
     rates = lambda samples: {"image": 1e-3, "text": 1e-3, "head": 1e-3}  # noqa: E731
     loop = Loop(
         run, engine, batches, state, schedule, log, rates=rates, evaluate=evaluate, write_model=write_model,
-        best=best, keep=1,
+        best=best, keep=1, max_bad=max_bad,
     )  # fmt: skip
     return loop, state
 
@@ -107,3 +107,19 @@ def test_too_many_skips_in_a_row_end_the_run(tmp_path, monkeypatch):
         streamed.batch[0]["x"].fill_(math.nan)
     with pytest.raises(UserError, match="3 steps in a row .* up to step 4"):
         loop()
+
+
+ENTRY = {"position": 3, "epoch": 0, "shard": "a.tar", "key": "x", "reason": "not an image"}
+
+
+def test_too_many_bad_samples_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.loop.FEW_SAMPLES", 3 * GLOBAL_BATCH)
+    options = {"write_model": lambda state: None, "best": None, "bad": [ENTRY]}
+    loop, state = loop_of(tmp_path / "a", [0.0] * STEPS, **options, max_bad=0.9 / GLOBAL_BATCH)
+    with pytest.raises(UserError, match=r"more than data.max_bad=.* the last: not an image"):
+        loop()
+    assert (state.step, state.bad) == (3, 3)  # not judged before
+    assert len((tmp_path / "a/bad_samples.jsonl").read_text().splitlines()) == 3
+    loop, state = loop_of(tmp_path / "b", [0.0] * STEPS, **options, max_bad=1 / GLOBAL_BATCH)
+    loop()
+    assert state.bad == STEPS

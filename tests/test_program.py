@@ -54,6 +54,12 @@ def test_a_failure_has_its_traceback() -> None:
     assert "ZeroDivisionError" in err
 
 
+def test_a_failure_that_is_explained_has_none() -> None:
+    body = "from mm.errors import Failure\nraise Failure('a data worker died')"
+    assert ended(start(body)) == (1, "", "error: a data worker died\n")
+    assert ended(start(body, RANK="3")) == (1, "", "error on rank 3: a data worker died\n")
+
+
 def test_a_full_disk_is_one_line() -> None:
     body = "f = open('/dev/full', 'w')\nf.write('x')\nf.flush()"
     status, _, err = ended(start(body))

@@ -83,6 +83,7 @@ class Loop:
         write_model: Callable[[TrainState], None],
         best: str | None,
         keep: int,
+        max_bad: float,
     ) -> None:
         self.run = run
         self.engine = engine
@@ -95,6 +96,7 @@ class Loop:
         self.write_model = write_model
         self.best = best
         self.keep = keep
+        self.max_bad = max_bad
         self.ledger = Ledger(run / BAD_SAMPLES)
         self.bad: list[dict] = []
         self.skipped = 0
@@ -188,11 +190,11 @@ class Loop:
                 f"{len(entries)} samples could not be used and were replaced, such as {first['key']} of "
                 f"{first['shard']}: {first['reason']} (all in {self.ledger.path})"
             )
-        limit, share = self.stream.config.max_bad, self.state.bad / self.state.samples
-        if share > limit and self.state.samples >= FEW_SAMPLES:
+        share = self.state.bad / self.state.samples
+        if share > self.max_bad and self.state.samples >= FEW_SAMPLES:
             raise UserError(
                 f"{self.state.bad:,} of {self.state.samples:,} samples ({share:.1%}) could not be used, more than "
-                f"data.max_bad={limit:g} allows; the last: {first['reason']}. Look at {self.ledger.path}; "
+                f"data.max_bad={self.max_bad:g} allows; the last: {first['reason']}. Look at {self.ledger.path}; "
                 "`mm data check` finds all that is damaged, `mm data filter` leaves it out"
             )
 

@@ -164,6 +164,7 @@ def main(argv: list[str]) -> None:
             write_model=write_model,
             best=config.evaluate.best,
             keep=config.checkpoint.keep,
+            max_bad=config.data.max_bad,
         )()
         coverage = {"coverage": stream.coverage(state.samples)} if config.data.mixture else {}
         log.event("end", state.step, state.samples, seconds=time.perf_counter() - started, **coverage)
