@@ -20,8 +20,11 @@ from mm.config import load
 from mm.data.curation import faces, stats, wording
 from mm.data.curation.bars import histogram as draw
 from mm.data.curation.bars import round_values
-from mm.data.curation.measure import Figures, Limits, Measure, header, tokenizer_file
+from mm.data.curation.figures import Figures, Limits
+from mm.data.curation.header import header
+from mm.data.curation.measure import Measure
 from mm.data.curation.page import render
+from mm.data.curation.pairs import tokenizer_file
 from mm.data.curation.sketches import SCALES, Distinct, Examples, Histogram, Tally
 from mm.data.curation.stats import StatsConfig
 from mm.data.curation.summary import balance, bars, gini, similarity

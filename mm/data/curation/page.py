@@ -289,9 +289,9 @@ def _json(summary: Json) -> str:
 
 def _problems(summary: Json) -> str:
     shards = summary["shards"]
-    broken = [[f"{one['path']}: {one['reason']}", 1] for one in shards["broken"]]
+    broken = [f"{one['path']}: {one['reason']}" for one in shards["broken"]]
     wrong = [
-        [f"{one['path']}: {one['samples']:,} samples, sizes.json says {one['expected']:,}", 1]
+        f"{one['path']}: {one['samples']:,} samples, sizes.json says {one['expected']:,}"
         for one in shards["wrong_size"]
     ]
     tables = [
@@ -300,8 +300,8 @@ def _problems(summary: Json) -> str:
             summary["tallies"]["problems"]["top"],
             summary["counts"].get("samples", 0),
         ),
-        _list("Shards that cannot be opened", [row[0] for row in broken]),
-        _list("Shards of another size than sizes.json says", [row[0] for row in wrong]),
+        _list("Shards that cannot be opened", broken),
+        _list("Shards of another size than sizes.json says", wrong),
     ]
     return _section("Problems", tables)
 

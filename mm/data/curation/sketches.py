@@ -8,7 +8,7 @@ import base64
 import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple, Self
 
@@ -325,7 +325,8 @@ class Distinct:
         self._pieces = [kept]
 
 
-class Example(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Example:
     """A sample that was kept to be shown."""
 
     rank: float
@@ -361,7 +362,7 @@ class Examples:
 
     def record(self) -> Json:
         """As JSON."""
-        return {"limit": self.limit, "kept": [list(example) for example in self.prune()]}
+        return {"limit": self.limit, "kept": [list(astuple(example)) for example in self.prune()]}
 
     @classmethod
     def of(cls, record: Mapping[str, Any], shard: int) -> Self:

@@ -12,7 +12,9 @@ from rich.markup import escape
 from mm.config import Config, plain
 from mm.data.catalog import Catalog, ShardNames, expand, read_catalog
 from mm.data.curation import faces, page
-from mm.data.curation.measure import MOST_TEXTS, Figures, Limits, Measure, tokenizer_file
+from mm.data.curation.figures import MOST_TEXTS, Figures, Limits
+from mm.data.curation.measure import Measure
+from mm.data.curation.pairs import tokenizer_file
 from mm.data.curation.sketches import Json
 from mm.data.curation.summary import summarize
 from mm.data.curation.sweep import clear, sweep
@@ -86,6 +88,7 @@ def run(config: StatsConfig) -> None:
             {
                 "path": record["path"],
                 "broken": record["broken"],
+                "may_pass": record["may_pass"],
                 "samples": found.counts["samples"],
                 "expected": None if catalog.sizes is None else int(catalog.sizes[number]),
             }
@@ -99,8 +102,10 @@ def run(config: StatsConfig) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     write_atomically(config.out / "stats.json", (json.dumps(summary, indent=1) + "\n").encode())
     write_atomically(config.out / "stats.html", page.render(summary, thumbnails).encode())
-    clear(state)
-    _show(summary, config.out)
+    again = sum(one["may_pass"] for one in about)
+    if not again:
+        clear(state)
+    _show(summary, config.out, again)
 
 
 def _catalog(config: StatsConfig) -> tuple[Catalog, str | None]:
@@ -151,7 +156,7 @@ def _settings(config: StatsConfig) -> Json:
     return {name: value for name, value in plain(config).items() if name in keep}
 
 
-def _show(summary: Json, out: Path) -> None:
+def _show(summary: Json, out: Path, again: int) -> None:
     """A short summary on the console."""
     console = Console(highlight=False, soft_wrap=True)
     counts = summary["counts"]
@@ -162,4 +167,6 @@ def _show(summary: Json, out: Path) -> None:
     )
     for name, face in summary["quality"].items():
         console.print(f"  {name:18} {face['state']:4}  {escape(face['verdict'])}")
+    if again:
+        console.print(f"{again:,} shards could not be read this time: the same command visits these again")
     console.print(f"{out / 'stats.html'}  {out / 'stats.json'}", markup=False)

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from mm.data.curation.measure import Figures
+from mm.data.curation.figures import Figures
 from mm.data.curation.sketches import SCALES, Histogram, Json, Tally
 
 FORMAT = "mm-stats-1"
@@ -53,7 +54,7 @@ def summarize(figures: Figures, shards: Sequence[Mapping[str, Any]], expected: i
         },
         "similarity": similarity(histograms["matched"], histograms["shuffled"]),
         "examples": {
-            name: [example._asdict() for example in examples.prune()]
+            name: [asdict(example) for example in examples.prune()]
             for name, examples in figures.examples.items()
         },
     }

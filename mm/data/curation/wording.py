@@ -109,7 +109,7 @@ def faults(caption: str) -> list[str]:
     found = []
     if _BROKEN.search(caption):
         found.append("broken encoding")
-    if any(unicodedata.category(c) == "Cc" and c not in "\t" for c in caption):
+    if not caption.isprintable() and any(unicodedata.category(c) == "Cc" and c != "\t" for c in caption):
         found.append("control characters")
     if not caption.isascii() and not unicodedata.is_normalized("NFC", caption):
         found.append("not in Unicode's NFC")
@@ -123,5 +123,7 @@ def faults(caption: str) -> list[str]:
 def readable(text: str, limit: int = 240) -> str:
     """Text for a page or a table: one line, without control characters, cut at `limit` characters."""
     text = text[: 2 * limit].encode("utf-8", "replace").decode()
-    text = " ".join("".join(" " if unicodedata.category(c)[0] == "C" else c for c in text).split())
+    if not text.isprintable():
+        text = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in text)
+    text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
