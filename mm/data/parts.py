@@ -185,14 +185,16 @@ def index_hash(part: Part) -> str:
     """sha256 of the names of the shards, relative to the folder that holds them all, and of their sizes."""
     digest, paths = hashlib.sha256(), part.shards.paths
     sizes = part.shards.sizes if part.samples else None
-    folders = {os.path.dirname(_whole(path)) for path in paths}
-    parent = os.path.commonpath(list(folders))
+    folders = {folder: _whole(folder) for folder in {path.rpartition("/")[0] for path in paths}}
+    parent = os.path.commonpath(list(folders.values()))
+    relative = {folder: os.path.join(os.path.relpath(whole, parent), "") for folder, whole in folders.items()}
     for i, path in enumerate(paths):
+        folder, _, name = path.rpartition("/")
         size = "" if sizes is None else sizes[i]
-        digest.update(f"{os.path.relpath(_whole(path), parent)}\t{size}\n".encode())
+        digest.update(f"{relative[folder].removeprefix('./')}{name}\t{size}\n".encode())
     return digest.hexdigest()
 
 
 def _whole(path: str) -> str:
-    """A path of its own, for URLs too: what lies behind them may move to a disk, and is still the same."""
+    """An absolute path, for URLs too: what lies behind them may move to a disk, and still is the same."""
     return os.path.abspath(path.partition("://")[2] if "://" in path else path)
