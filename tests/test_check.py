@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from mm.config import load
+from mm.data import remote
 from mm.data.catalog import index_shards
 from mm.data.curation import check
 from mm.data.curation.check import CheckConfig, run
@@ -26,6 +27,7 @@ from mm.data.index import ShardIndex, index_text
 from mm.data.writer import ShardWriter
 from mm.errors import UserError
 from tests.chaos import scale
+from tests.shard_server import serving
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:
@@ -422,3 +424,38 @@ def test_what_is_printed(tmp_path, capsys):
         run(CheckConfig(shards=[str(tmp_path / "none")], workers=0))
     assert load(CheckConfig, None, ["shards=[a]", "decode=false"]).decode is False
     assert not set(DAMAGE) & set(REMARKS)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_behind_urls(tmp_path, monkeypatch, capsys, workers):
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    samples = pairs(15)
+    samples[4], samples[7] = {"jpg": b"", "txt": b"x"}, samples[1]
+    data = write(tmp_path / "data", samples)
+    with pytest.raises(SystemExit):
+        run(CheckConfig(shards=[str(data)], out=tmp_path / "here", workers=0))
+    here = (tmp_path / "here" / "findings.jsonl").read_text()
+    with serving(data) as server:
+        server.plan["shard-000002.tar"] = ["500"]
+        options = {
+            "shards": [server.url + "/shard-{000000..000002}.tar"],
+            "out": tmp_path / "out",
+            "workers": workers,
+            "remote": {"cache": tmp_path / "cache", "attempts": 2, "timeout": 5},
+        }
+        with pytest.raises(SystemExit):
+            run(CheckConfig.model_validate(options))
+        report = json.loads((tmp_path / "out" / "check.json").read_text())
+        assert report["damage"] == {"unreadable shard": 1, "damaged image": 1} and report["samples"] == 10
+        assert "1 shards could not be read; the same command tries these again" in capsys.readouterr().out
+        asked = server.count()
+        assert asked["shard-000000.tar"] == asked["shard-000001.tar"] == 1
+        server.plan.clear()
+        shutil.rmtree(tmp_path / "cache")
+        with pytest.raises(SystemExit):
+            run(CheckConfig.model_validate(options))
+        # that one alone, and one for the text of a repeated caption
+        assert server.count() - asked == {"shard-000002.tar": 1, "shard-000000.tar": 1}
+        there = (tmp_path / "out" / "findings.jsonl").read_text()
+        assert there == here.replace(str(data), server.url)
+        assert not (tmp_path / "out" / "state").exists()

@@ -265,17 +265,18 @@ def _print(report: dict[str, Any], first: dict[str, str], out: Path) -> None:
     )
     if report["damage"] or report["remarks"]:
         grid = Table("", "found", box=None)
-        grid.add_column("samples or shards", justify="right")
-        for column in ("what it is", "the first"):
-            grid.add_column(column, no_wrap=True, overflow="ellipsis")
-        for name, kinds in (("damage", DAMAGE), ("remark", REMARKS)):
-            for kind, count in report[f"{name}{'s' * (name == 'remark')}"].items():
-                grid.add_row(name, kind, f"{count:,}", kinds[kind], Text(_printable(first[kind])))
+        grid.add_column("times", justify="right")
+        grid.add_column("first", overflow="fold")
+        for name in ("damage", "remarks"):
+            for kind, count in report[name].items():
+                grid.add_row(name, kind, f"{count:,}", Text(_printable(first[kind])))
                 name = ""
         console = Console()
         if not console.is_terminal:  # a file or a pipe has no width to keep to
             console.width = 200
         console.print(grid)
+    if unreadable := report["damage"].get("unreadable shard"):
+        message(f"{unreadable:,} shards could not be read; the same command tries these again, and no others")
     if top := report["most_frequent_captions"][:SHOWN]:
         message("captions that occur most:")
         for entry in top:

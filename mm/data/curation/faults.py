@@ -22,25 +22,25 @@ from mm.data.shards import Sample
 from mm.errors import UserError
 
 VERSION = 1  # of what a visit finds
-REMARKS = {  # worth knowing, but no damage
-    "odd image": "it decodes, but the decoder objects: flipped bits, or an odd program wrote it",
-    "repeated key": "the key of an earlier sample in the same shard",
-    "duplicate image": "the image of an earlier sample with other captions, byte for byte",
-    "duplicate pair": "image and captions of an earlier sample",
-}
-DAMAGE = {
-    "broken shard": "no sample of it can be read",
-    "unreadable shard": "reading failed, which may pass: check again",
-    "damaged tar": "its structure, while an index still finds samples",
-    "wrong index": "NAME.idx is not of this tar",
-    "wrong sizes": "sizes.json does not say what is there",
-    "damaged sample": "its members cannot be read",
-    "no image": "a sample without one",
-    "damaged image": "it cannot be decoded",
-    "no caption": "a sample without one",
-    "empty caption": "no text in it",
-    "damaged caption": "it cannot be read",
-}
+DAMAGE = (
+    "broken shard",  # no sample of it can be read
+    "unreadable shard",  # reading failed, which may pass
+    "damaged tar",  # its structure, while an index still finds samples
+    "wrong index",  # NAME.idx is not of this tar
+    "wrong sizes",  # sizes.json does not say what is there
+    "damaged sample",  # its members cannot be read
+    "no image",
+    "damaged image",
+    "no caption",
+    "empty caption",
+    "damaged caption",
+)
+REMARKS = (  # worth knowing, but no damage
+    "odd image",  # it decodes, but the decoder objects: flipped bits, or an odd program wrote it
+    "repeated key",  # that of an earlier sample in the same shard
+    "duplicate image",  # that of an earlier sample with other captions, byte for byte
+    "duplicate pair",  # image and captions of an earlier sample
+)
 
 
 def visit(samples: Iterable[Visited], shard: Shard, decode: bool) -> Iterator[dict[str, Any]]:
@@ -156,13 +156,20 @@ def _decode(data: bytes) -> str | None:
 def _look(data: bytes) -> None:
     """BadSample where the header of an image says that it is none, or is too large."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
-    except Exception:  # parsers raise nearly every kind
-        raise BadSample(f"not an image: starts with {data[:8]!r}") from None
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        width, height = _size(data)
     if width * height > MAX_PIXELS:
         raise BadSample(f"image of {width} x {height} pixels exceeds the limit of {MAX_PIXELS}")
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(io.BytesIO(data), formats=FORMATS).size
+    except Exception:  # parsers raise nearly every kind
+        raise BadSample(f"not an image: starts with {data[:8]!r}") from None
 
 
 def _has_index(path: str) -> bool:

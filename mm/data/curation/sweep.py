@@ -44,7 +44,7 @@ from mm.data.curation.pool import Pool
 from mm.data.curation.progress import Progress
 from mm.data.decode import BadSample
 from mm.data.index import index_path
-from mm.data.remote import Unreachable
+from mm.data.remote import Unreachable, is_remote
 from mm.data.shards import Sample, ShardSet
 from mm.errors import UserError
 from mm.files import write_atomically
@@ -247,7 +247,8 @@ class _Work:
             except _Broken as error:
                 shard = Shard(number, path, 0, str(error))
             finally:
-                self._shards.close()
+                if not is_remote(path):  # what is fetched ahead goes on
+                    self._shards.close()
         else:
             shard = Shard(number, path, 0, killed, may_pass=True)
         self._parts.write(shard, stamp, self._visit(iter(()), shard))
