@@ -4,10 +4,23 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from eval.bench import open_clip_parity, overhead, parity_data, peer, step_speed
+from eval.bench import (
+    coverage,
+    loader,
+    loaders,
+    mixing,
+    open_clip_parity,
+    orders,
+    overhead,
+    parity_data,
+    peer,
+    photos,
+    step_speed,
+)
 from eval.bench.__main__ import main as whole_table
 from eval.bench.measure import Row, in_turns, paired_ratio, table, walls
 from mm.data.shards import ShardSet
@@ -23,7 +36,10 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("program", [open_clip_parity.main, overhead.main, step_speed.main, whole_table])
+PROGRAMS = [coverage, loader, mixing, open_clip_parity, overhead, step_speed]
+
+
+@pytest.mark.parametrize("program", [*(module.main for module in PROGRAMS), whole_table])
 def test_help_names_the_command(program, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         program(["--help"])
@@ -146,3 +162,113 @@ def test_peer_environment_has_its_packages_first(tmp_path: Path, monkeypatch: py
         variables = peer.environment(name)
         assert "RANK" not in variables
         assert variables["PYTHONPATH"].startswith(str(tmp_path / name))
+
+
+def shares(count: int, size: int, batch: int, seed: int) -> np.ndarray:
+    """Batches of uniform sampling without replacement."""
+    ids = np.random.default_rng(seed).permutation(count * size)
+    return ids[: len(ids) // batch * batch].reshape(-1, batch)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mixing_of_uniform_sampling_is_one(seed: int) -> None:
+    sizes = np.full(100, 400)
+    figures = mixing.mixing(shares(100, 400, 500, seed), sizes)
+    assert figures.shards == pytest.approx(1, abs=0.01)
+    assert figures.near == pytest.approx(1, abs=0.2)
+    assert figures.nearby == pytest.approx(1, abs=0.07)
+    assert figures.predicted == pytest.approx(1, abs=0.03)
+    assert figures.open == pytest.approx(100, abs=5)
+
+
+def test_mixing_of_plain_reading_clumps() -> None:
+    sizes = np.array([30, 0, 50, 20])
+    batches = np.arange(100).reshape(10, 10)
+    figures = mixing.mixing(batches, sizes)
+    # each batch is ten neighbours: 9 of its pairs are 1 apart, all 45 at most 10; shards end between batches
+    pairs = [sum(max(0, size - k) for size in sizes) for k in range(1, 11)]
+    chance = 10 * 9 / (100 * 99)
+    assert figures.near == pytest.approx(9 / (pairs[0] * chance))
+    assert figures.nearby == pytest.approx(45 / (sum(pairs) * chance))
+    assert figures.open == 1
+    drawn = [len(np.unique(np.searchsorted([30, 30, 80, 100], rows, side="right"))) for rows in batches]
+    assert drawn == [1] * 10
+    assert figures.shards == pytest.approx(1 / mixing.uniform_shards(sizes, 10))
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [([3, 4, 5], 4), ([1, 9], 3), ([5, 5, 0], 7), ([2, 2], 4)])
+def test_shards_of_a_uniform_batch_are_counted_exactly(sizes: list[int], batch: int) -> None:
+    shard = np.repeat(np.arange(len(sizes)), sizes)
+    every = [len(set(shard[list(chosen)])) for chosen in itertools.combinations(range(len(shard)), batch)]
+    assert mixing.uniform_shards(np.array(sizes), batch) == pytest.approx(float(np.mean(every)))
+
+
+@pytest.mark.parametrize(("lanes", "batch"), [(8, 32), (16, 32), (32, 64), (8, 256)])
+def test_our_order_mixes_as_the_theory_says(lanes: int, batch: int) -> None:
+    shards, samples = 256, 100
+    config = mixing.MixingConfig(batches=[batch], epochs=2)
+    found = mixing.our_figures(config, np.full(shards, samples), lanes, block=20)[batch]
+    assert found.nearby == pytest.approx(found.predicted, rel=0.15)
+    # a batch, or a block, that reaches over the end of a shard mixes a little more
+    theory = shards / lanes * (1 - lanes / batch)
+    assert 0.7 * theory < found.predicted <= 1.05 * theory
+    assert lanes <= found.open < 1.6 * lanes
+
+
+def test_buffers_of_webdataset_give_every_sample_once() -> None:
+    sizes = np.array([5, 7, 0, 6, 12, 9])
+    streams = orders.webdataset(sizes, seed=1, ranks=2, workers=2, buffer=10)
+    every = np.concatenate([stream for rank in streams for stream in rank])
+    assert sorted(every) == list(range(39))
+    assert list(streams[0][0]) != sorted(streams[0][0])
+
+
+def test_batches_of_workers_take_turns() -> None:
+    streams = [[np.arange(0, 5), np.arange(10, 15)], [np.arange(20, 27), np.arange(30, 33)]]
+    batches = orders.in_batches(streams, 4)
+    assert batches.tolist() == [[0, 1, 20, 21], [10, 11, 30, 31]]
+
+
+def test_samples_missed_and_repeated_are_told_apart() -> None:
+    assert coverage.errors(coverage.Counter([0, 1, 2]), 3, 1) == (0, 0)
+    assert coverage.errors(coverage.Counter([0, 0, 0, 2]), 4, 1) == (2, 2)
+    assert coverage.errors(coverage.Counter([0, 1, 1, 1]), 2, 2) == (1, 1)
+
+
+def test_our_coverage_and_restart_are_exact(tmp_path: Path) -> None:
+    config = coverage.CoverageConfig(
+        peers=[], ranks=[1, 2], workers=[0, 1], shards=5, samples=40, batch=8, epochs=2
+    )
+    folder = coverage.ensure(tmp_path, config.shards, config.samples)
+    sizes = json.loads((folder / "sizes.json").read_text())
+    assert sum(sizes.values()) == 40 and len(sizes) == 5 and len(set(sizes.values())) > 1
+    assert coverage.coverage(config, folder).met
+    assert coverage.read_twice(config, folder).met
+
+
+def test_our_loader_gives_what_the_peers_give(tmp_path: Path) -> None:
+    folder = photos.ensure(tmp_path, shards=2, samples=3)
+    sizes = [len(sample.members["jpg"]) for sample in ShardSet(str(folder))]
+    assert len(sizes) == 6 and 20_000 < sum(sizes) / 6 < 250_000
+    settings = loaders.Settings(str(folder), str(tmp_path), samples=6, workers=0, batch=4, buffer=0)
+    images, texts = next(loaders.ours(settings))
+    assert images.shape == (4, 3, 224, 224) and images.dtype == torch.float32 and len(texts) == 4
+    assert abs(float(images.mean())) < 2 and 0.3 < float(images.std()) < 3
+    theirs = loaders.Preparation().members({"jpg": ShardSet(str(folder))[0].members["jpg"], "txt": "a cat"})
+    assert theirs[0].shape == images[0].shape and theirs[1].shape == (77,)
+
+
+def test_a_loader_that_does_not_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # its settings lack what loaders need
+    stopped = loader.Loader("ours", {"shards": "nowhere"}, tmp_path)
+    with pytest.raises(loader.Failed, match=r"TypeError.*ours\.log"):
+        stopped.ask("read 1")
+    stopped.close()
+    figures = {"ours": loader.Figures(), "open_clip": loader.Figures()}
+    figures["ours"].wall, figures["ours"].cpu, figures["ours"].bytes = [1.0, 10.0], [1.0, 1.0], 100
+    figures["open_clip"].wall, figures["open_clip"].cpu, figures["open_clip"].bytes = [3, 30], [2, 2], 150
+    config = loader.LoaderConfig(loaders=["ours", "open_clip", "litdata"])
+    found = loader.rows(config, 1, figures, {"litdata": "no such module"})
+    assert [(row.bar, row.met) for row in found] == [("D1", False), ("D2", False), ("D1", False)]
+    assert found[0].figure == "3.00x samples/s, 2.00x a CPU second"
+    assert "no such module" in found[2].figure

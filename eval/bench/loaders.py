@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
 import psutil
 import torch
 from PIL import Image
@@ -50,6 +49,8 @@ class Preparation:
     """open_clip's training transform and tokenizer; pickles to workers."""
 
     def __init__(self) -> None:
+        import open_clip
+
         self.image: Callable[[Image.Image], torch.Tensor] = open_clip.image_transform(SIZE, is_train=True)
         self.tokenizer = open_clip.get_tokenizer("ViT-B-32")
 
@@ -64,6 +65,8 @@ class Preparation:
 
 
 def ours(settings: Settings) -> Iterator[Any]:
+    import open_clip
+
     from mm.data.stream import Stream, StreamConfig
     from mm.data.transforms import AugmentConfig, TrainTransform
     from mm.encoders.open_clip import OpenClipTokenizer
