@@ -142,7 +142,8 @@ class Cache:
                     if told["time"] > began:  # it failed while we waited for it
                         raise Unreachable(told["message"])
             self._download(descriptor, partial, path, url, due)
-            os.rename(partial, path)
+            with self._locked():  # so that nobody who looks at the folder sees both names, or none
+                os.rename(partial, path)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if os.fstat(descriptor).st_nlink == 0:  # changing the lock is no single step
                 _close(descriptor)
@@ -293,7 +294,7 @@ def _open_present(path: str) -> int | None:
     """A descriptor of the shard with a shared lock; None where it is not there."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     if os.fstat(descriptor).st_nlink == 0:  # removed while we opened it
@@ -305,7 +306,8 @@ def _open_present(path: str) -> int | None:
 
 def _touch(descriptor: int) -> None:
     with suppress(PermissionError):  # of another user
-        os.utime(descriptor)
+        now = time.time_ns()  # of its own accord the kernel takes a coarser clock
+        os.utime(descriptor, ns=(now, now))
 
 
 def _lock_as(descriptor: int, path: str, wait: bool) -> bool:
