@@ -197,8 +197,8 @@ def captions(sample: "Sample") -> list[str]:
     """Captions of a sample: the lines of `.txt`, or `caption` (text) or `captions` (list of text) of `.json`.
 
     Raises:
-        BadSample: there is none, or an empty one, one of over 10,000 characters, or one that is not UTF-8, or
-            its member has more than 4 MB.
+        BadSample: there is none, or one that is empty, of over 10,000 characters or not UTF-8, or their
+            member has more than 4 MB.
     """
     try:
         found = _captions(sample.members)
@@ -216,9 +216,8 @@ def captions(sample: "Sample") -> list[str]:
 
 def _captions(members: dict[str, bytes]) -> list[str]:
     if "txt" in members:
-        return [
-            line.strip() for line in _text(members, "txt").decode("utf-8-sig").splitlines() if line.strip()
-        ]
+        lines = _text(members, "txt").decode("utf-8-sig").splitlines()
+        return [line.strip() for line in lines if line.strip()]
     if "json" not in members:
         raise BadSample(f"no caption among its members ({', '.join(sorted(members))})")
     value = json.loads(_text(members, "json"))

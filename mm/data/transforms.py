@@ -143,15 +143,17 @@ class EvalTransform:
         image = composite(image, WHITE)
         height, width = image.shape[-2:]
         resized = self._resized(height, width)
-        if math.prod(resized) > max(
-            LARGEST_RESIZED, height * width
-        ):  # a line: enlarge what will be seen of it
-            start, stop, resized[0] = visible(height, resized[0], self.size[0])
-            image = image[:, start:stop]
-            start, stop, resized[1] = visible(width, resized[1], self.size[1])
-            image = image[:, :, start:stop]
+        if math.prod(resized) > max(LARGEST_RESIZED, height * width):  # a line, enlarged
+            return self._enlarged(image, resized)
         image = _resize(image, resized, self.interpolation)
         return _planar(F.center_crop(image, list(self.size)))  # pads where it is smaller
+
+    def _enlarged(self, image: Tensor, resized: list[int]) -> Tensor:
+        """Resize only what will be seen."""
+        upper, lower, height, top = visible(image.shape[-2], resized[0], self.size[0])
+        first, last, width, left = visible(image.shape[-1], resized[1], self.size[1])
+        image = _resize(image[:, upper:lower, first:last], (height, width), self.interpolation)
+        return _planar(image[:, top : top + self.size[0], left : left + self.size[1]])
 
     def _resized(self, height: int, width: int) -> list[int]:
         if self.resize_mode == "squash":
@@ -186,30 +188,33 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def visible(side: int, resized: int, kept: int) -> tuple[int, int, int]:
-    """The part of a side that a centre crop of the resized image shows: start, stop, and its resized length.
+def visible(side: int, resized: int, kept: int) -> tuple[int, int, int, int]:
+    """The part of a side that a centre crop of the resized image shows, with what the filter reaches.
 
-    The part lies in the middle, so that the middle of the crop stays where it was; it reaches at least as far
-    beyond the crop as the crop is long, or the filter (8 pixels of the smaller of both scales). Of all that
-    do, one whose resized length is nearest to a whole number: the scale changes by less than 1 in 10,000.
+    The part begins and ends where the resized image has nearly the edge of a pixel: its pixels come to lie
+    within a hundredth of a pixel of where they would.
 
     Args:
         side: in pixels, before resizing.
         resized: the whole side after resizing.
         kept: of the resized side, by the centre crop.
+
+    Returns:
+        start and stop of the part, its resized length, and where in that the crop starts.
     """
     ratio = resized / side
-    least = math.ceil((3 * kept + 16) / ratio) + 16
-    # cut evenly on both sides: by a multiple of 4, or rounding may put the crop elsewhere
-    parts = [
-        (part, round(part * ratio))
-        for part in range(least, min(side, least + 512))
-        if (side - part) % 2 == 0 and (resized - round(part * ratio)) % 4 == 0
-    ]
-    if not parts:
-        return 0, side, resized
-    part, enlarged = min(parts, key=lambda one: abs(one[0] * ratio / one[1] - 1))
-    return (side - part) // 2, (side + part) // 2, enlarged
+    crop = round((resized - kept) / 2)  # torchvision's rule
+    reach = 4 + 4 / ratio
+    first = max(0, math.floor(crop / ratio - reach))
+    last = min(side, math.ceil((crop + kept) / ratio + reach))
+    start = min(range(first, max(-1, first - 256), -1), key=lambda edge: _off_grid(edge * ratio))
+    stop = min(range(last, min(side, last + 255) + 1), key=lambda edge: _off_grid(edge * ratio))
+    before = round(start * ratio)
+    return start, stop, round(stop * ratio) - before, crop - before
+
+
+def _off_grid(edge: float) -> float:
+    return abs(edge - round(edge))
 
 
 def composite(image: Tensor, background: tuple[int, int, int]) -> Tensor:
