@@ -17,11 +17,15 @@ from mm.data.catalog import read_catalog
 from mm.data.prefetch import Prefetch
 from mm.data.remote import RemoteConfig, Unreachable
 from mm.data.shards import ShardSet
+from mm.data.stream import Stream, StreamConfig
 from mm.data.writer import ShardWriter
 from mm.errors import UserError
+from mm.evaluators import RetrievalConfig, evaluate
 from tests.chaos import scale
 from tests.shard_server import ShardServer, ended, forked, serving, stop, until
+from tests.test_evaluators import TinyTwoTower
 from tests.test_shards import read_all
+from tests.test_stream import collate, prepare, records, whole_batches, write_shards
 
 SHARD = 20_000  # bytes or a little less, of each shard of `server`
 Samples = list[tuple[str, dict[str, bytes]]]
@@ -411,3 +415,40 @@ def test_odd_names_stay_in_the_folder(settings: Settings, tmp_path: Path) -> Non
         assert (
             os.path.basename(path).isascii() and len(os.path.basename(path)) < 110 and path.endswith(".tar")
         )
+
+
+def test_a_stream_over_http_gives_the_same_batches(
+    server: ShardServer, settings: Settings, tmp_path: Path
+) -> None:
+    folder = write_shards(tmp_path / "www" / "set")
+    expected = whole_batches(folder, 0, 1, stop=12 * 7)
+    server.plan["set/shard-000001.tar"] = ["drop:900", "500", "ok"]
+    server.plan["set/shard-000002.tar"] = ["slow:0.1"]
+    tight = (folder / "shard-000000.tar").stat().st_size * 4
+    for config, workers in ((settings(), 2), (settings(cache=tmp_path / "tight", size=tight), 2)):
+        stream_config = StreamConfig(shards=f"{server.url}/set", workers=workers, remote=config)
+        options = {"global_batch": 12, "seed": 3, "rank": 0, "world_size": 1, "stop": 12 * 7}
+        stream = Stream(stream_config, prepare, collate, **options)
+        assert [records(batch) for batch in stream] == expected
+        assert held(config.cache) <= config.limit
+
+
+def test_a_stream_ends_where_the_server_does(server: ShardServer, settings: Settings, tmp_path: Path) -> None:
+    write_shards(tmp_path / "www" / "set")
+    server.plan["set/shard-000003.tar"] = ["503"]
+    stream_config = StreamConfig(shards=f"{server.url}/set", workers=1, remote=settings())
+    with pytest.raises(Exception, match=r"shard-000003\.tar could not be fetched: the server answered 503"):
+        list(Stream(stream_config, prepare, collate, global_batch=12, seed=3, rank=0, world_size=1, stop=61))
+
+
+def test_evaluation_reads_shards_behind_urls(
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MM_CACHE", str(tmp_path / "of the environment"))
+    folder = write_shards(tmp_path / "www" / "set", 21)
+    figures = [
+        evaluate(TinyTwoTower(), {"x": RetrievalConfig(data=str(data), workers=0, batch=8)})
+        for data in (folder, f"{server.url}/set")
+    ]
+    assert figures[0] == figures[1]
+    assert len(names(tmp_path / "of the environment")) == 3
