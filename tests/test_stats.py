@@ -513,6 +513,16 @@ def test_group_by_and_headers_only(tmp_path: Path) -> None:
     assert "json:cls" in collect(data, tmp_path / "out", "workers=0")["balance"]
 
 
+def test_a_class_stands_for_a_caption(tmp_path: Path) -> None:
+    samples = [(f"{i:03d}", {"jpg": picture(i, (40, 40)), "cls": str(i % 3).encode()}) for i in range(12)]
+    write(tmp_path / "data", samples)
+    stats.run(load(StatsConfig, None, [f"shards=[{tmp_path / 'data'}]", "workers=0"]))
+    summary = json.loads((tmp_path / "data" / "stats" / "stats.json").read_text())
+    assert summary["counts"]["labelled"] == summary["counts"]["usable"] == 12
+    assert dict(summary["balance"]["json:cls"]["top"]) == {"0": 4, "1": 4, "2": 4}
+    assert summary["quality"]["completeness"]["state"] == "good"
+
+
 def test_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no shards"):
         collect(tmp_path / "nowhere", tmp_path / "out")
@@ -551,6 +561,9 @@ def test_similarities_are_those_of_the_model(tmp_path: Path) -> None:
     lengths = [len(model.text.tokenizer(caption)) for caption in [*captions, "no image"]]
     assert summary["histograms"]["tokens"]["mean"] == pytest.approx(np.mean(lengths))
     assert "Pairs less alike" in (tmp_path / "out" / "stats.html").read_text()
+    collect(data, tmp_path / "two", f"model={tmp_path / 'run'}", "workers=2", "examples=3", "decode=false")
+    again = json.loads((tmp_path / "two" / "stats.json").read_text())
+    assert again["histograms"]["matched"] == summary["histograms"]["matched"]
 
 
 def test_an_empty_set_has_a_page_too() -> None:
@@ -575,6 +588,29 @@ def test_lone_surrogates_and_odd_json_pass(tmp_path: Path) -> None:
         summary = stats.summarize(read, [], None)
         summary |= {"settings": {"shards": ["x"]}, "quality": faces.quality(summary)}
         render(summary, {}).encode()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_no_damage_of_bytes_ends_a_count(form: str) -> None:
+    rng = random.Random(form)
+    plain = {
+        "jpg": picture(1, form=form),
+        "txt": f"a dog\n{HOSTILE}".encode(),
+        "json": json.dumps({"category": ["x", {"y": 1}], "n": 1.5e300, "caption": HOSTILE}).encode(),
+    }
+    visited = []
+    for index in range(scale(short=60, long=5000)):
+        members = {name: bytearray(data) for name, data in plain.items()}
+        for data in members.values():
+            for _ in range(rng.randrange(4)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            del data[len(data) - rng.choice([0, 0, 0, rng.randrange(len(data))]) :]
+        sample = Sample(f"{index}", "s", {name: bytes(data) for name, data in members.items()})
+        visited.append(Visited(index, f"{index}", sample, None))
+    figures = Measure(Limits.of(1, 1, 4)).figures(visited)
+    summary = stats.summarize(Figures.of(turned_over(figures.record()), 0), [], None)
+    summary |= {"settings": {"shards": ["x"]}, "quality": faces.quality(summary)}
+    assert Page(render(summary, {})).open == [] and summary["counts"]["samples"] == len(visited)
 
 
 def test_headers_tell_what_is_shown() -> None:

@@ -44,7 +44,7 @@ class Finding:
 def quality(summary: Json) -> Json:
     """The faces by name: state, verdict, figures."""
     makers = {
-        "accuracy": (_accuracy, "every sample can be read and every caption looks like one"),
+        "accuracy": (_accuracy, "samples can be read, and captions look like captions"),
         "completeness": (_completeness, "no member, caption or field is missing to speak of"),
         "consistency": (_consistency, "formats, keys, members and fields follow one convention"),
         "representativeness": (_representativeness, "no caption, image or group dominates"),
@@ -130,7 +130,9 @@ def _accuracy(summary: Json) -> list[Finding]:
         _share(f"Images under {SMALL_SIDE} pixels a side", counts["small"], counts["images"], 0.01, 0.2),
     ]
     close = summary["similarity"]
-    if close:
+    if not close:
+        found.append(Finding("Similarity of image and caption", "not measured: give model=RUN"))
+    else:
         found += [
             Finding(
                 "Similarity of image and caption",
@@ -171,6 +173,7 @@ def _completeness(summary: Json) -> list[Finding]:
             "Samples with an empty member", min(counts["empty_members"], samples), samples, 0.001, 0.02,
             "{} have an empty member",
         ),
+        _share("Samples with a class instead of a caption", counts["labelled"], samples),
         _share("Samples with a json", objects, samples),
     ]  # fmt: skip
     if expected is not None:
@@ -272,7 +275,8 @@ def _representativeness(summary: Json) -> list[Finding]:
         found += [
             Finding(
                 f"Groups of {label}",
-                f"{_number(group, 'values')}, effective number {_number(group, 'effective_values')}",
+                f"{_number(group, 'values')}, effective number {_number(group, 'effective_values')}, "
+                f"entropy {group['entropy_bits']:.2f} bits",
             ),
             _share(
                 f"– largest of {label}", group["largest_share"], 1, None if few else max(0.3, 3 / group["values"]),
@@ -327,6 +331,8 @@ def _several(label: str, tally: Json, whole: int, says: str, look: float = 0.02)
     first, most, _ = top[0]
     share = 1 - most / whole if whole else 0.0
     text = f"{len(top)}{'+' if not tally['exact'] else ''}: {first} {percent(most / whole if whole else 0)}"
+    if len(top) == 1 and most == whole:
+        text = first
     return Finding(label, text, share, look, None, says.format(percent(share), first))
 
 
@@ -338,7 +344,8 @@ def _range(histogram: Json) -> str:
 
 
 def _middle(histogram: Json) -> str:
-    return f"{histogram['p5']:,.4g} to {histogram['p95']:,.4g}"
+    low, high = f"{histogram['p5']:,.4g}", f"{histogram['p95']:,.4g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _number(group: Json, name: str) -> str:

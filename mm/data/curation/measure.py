@@ -74,16 +74,18 @@ class Measure:
                 part(found, visited, sample)
             except BadSample as error:
                 problems.append(error.reason)
+        caption = "" if problems or _is_labelled(sample) else decode.captions(sample)[0]
+        if pairs and caption:
+            try:
+                pairs.add(visited, decode.image(decode.image_member(sample)), caption)
+            except BadSample as error:  # where only headers were read so far
+                problems.append(error.reason)
         if problems:
             self._problem(found, visited, *problems)
             return
         found.counts["usable"] += 1
-        caption = wording.readable(decode.captions(sample)[0])
-        found.examples["typical"].add(
-            digest(f"{key}\t{index}".encode("utf-8", "replace")), index, key, caption
-        )
-        if pairs:
-            pairs.add(visited, sample)
+        rank = digest(f"{key}\t{index}".encode("utf-8", "replace"))
+        found.examples["typical"].add(rank, index, key, wording.readable(caption) or _label(sample))
 
     def _problem(self, found: Figures, visited: "Visited", *reasons: str) -> None:
         for reason in dict.fromkeys(map(_general, reasons)):
@@ -133,6 +135,9 @@ class Measure:
             found.examples[name].add(rank, visited.index, visited.key, note)
 
     def _captions(self, found: Figures, visited: "Visited", sample: "Sample") -> None:
+        if _is_labelled(sample):
+            found.counts["labelled"] += 1
+            return
         try:
             captions = decode.captions(sample)
         except BadSample:
@@ -173,7 +178,7 @@ class Measure:
     def _json(self, found: Figures, visited: "Visited", sample: "Sample") -> None:
         groups = (self.group_by,) if self.group_by else USUAL_GROUPS
         if "cls" in sample.members and (not self.group_by or self.group_by == "cls"):
-            found.group("cls").add(wording.readable(sample.members["cls"][:200].decode("utf-8", "replace")))
+            found.group("cls").add(_label(sample))
         if "json" not in sample.members:
             return
         found.counts["json"] += 1
@@ -197,6 +202,15 @@ class Measure:
 
 
 _TYPES = {str: "text", bool: "truth", int: "number", float: "number", list: "list", dict: "object"}
+
+
+def _is_labelled(sample: "Sample") -> bool:
+    """Whether a class stands for the caption, as in sets for classification."""
+    return "cls" in sample.members and "txt" not in sample.members
+
+
+def _label(sample: "Sample") -> str:
+    return wording.readable(sample.members.get("cls", b"")[:200].decode("utf-8", "replace"))
 
 
 def _at(value: Any, path: str) -> Any:

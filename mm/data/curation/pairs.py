@@ -1,10 +1,13 @@
 """How alike images and their captions are to a model, and the tokens of its captions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.data import decode
+import torch
+
 from mm.data.curation import wording
 from mm.data.curation.figures import Figures
 from mm.errors import UserError
@@ -13,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mm.data.curation.sweep import Visited
-    from mm.data.shards import Sample
     from mm.models.two_tower import TwoTower
 
 BATCH = 64
@@ -30,21 +32,23 @@ class Pairs:
         self._transform = EvalTransform(tower.size[0], tower.resize_mode, tower.interpolation)
         self._waiting: list[tuple[int, str, str, Tensor]] = []
 
-    def add(self, visited: "Visited", sample: "Sample") -> None:
-        pixels = self._transform(decode.image(decode.image_member(sample)))
-        self._waiting.append((visited.index, visited.key, decode.captions(sample)[0], pixels))
+    def add(self, visited: "Visited", image: "Tensor", caption: str) -> None:
+        """A pair: image uint8 (3 or 4, H, W)."""
+        self._waiting.append((visited.index, visited.key, caption, self._transform(image)))
         if len(self._waiting) >= 2 * BATCH:  # the last batch has two pairs at least, to be shuffled
             self._measure(BATCH)
 
     def finish(self) -> None:
+        """Measure those that still wait."""
         self._measure(len(self._waiting))
 
     def _measure(self, size: int) -> None:
         pairs, self._waiting = self._waiting[:size], self._waiting[size:]
         if not pairs:
             return
-        images = self._model.encode_image([pixels for *_, pixels in pairs])
-        texts = self._model.encode_text([wording.readable(text, 10_000) for _, _, text, _ in pairs])
+        with _one_thread():  # as in a worker: the same bits
+            images = self._model.encode_image([pixels for *_, pixels in pairs])
+            texts = self._model.encode_text([wording.readable(text, 10_000) for _, _, text, _ in pairs])
         matched = (images * texts).sum(1).double().tolist()
         for (index, key, caption, _), cosine in zip(pairs, matched, strict=True):
             self._found.histograms["matched"].add(cosine)
@@ -53,6 +57,16 @@ class Pairs:
         if len(pairs) > 1:
             for cosine in (images * texts.roll(1, 0)).sum(1).double().tolist():
                 self._found.histograms["shuffled"].add(cosine)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(1)

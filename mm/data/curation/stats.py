@@ -17,8 +17,8 @@ from mm.data.curation.measure import Measure
 from mm.data.curation.pairs import tokenizer_file
 from mm.data.curation.sketches import Json
 from mm.data.curation.summary import summarize
-from mm.data.curation.sweep import clear, sweep
-from mm.data.remote import RemoteConfig
+from mm.data.curation.sweep import clear, cores, sweep
+from mm.data.remote import RemoteConfig, is_remote
 from mm.data.shards import ShardSet
 from mm.errors import UserError
 from mm.files import write_atomically
@@ -28,14 +28,18 @@ USUAL_SHARD = 10_000
 
 
 class StatsConfig(Config):
-    """What `mm data stats` counts, and where it writes."""
+    """Figures of a data set and a page with examples: sizes, captions, words, and four faces of quality.
 
-    shards: list[str]
-    """Folders, files, patterns or URLs of shards."""
-    out: Path = Path("stats")
-    """Folder for stats.json and stats.html."""
+    Writes OUT/stats.json and OUT/stats.html, and goes on where it was interrupted.
+    """
+
+    shards: list[str] = Field(min_length=1)
+    """Folders, files or patterns of shards, here or behind URLs."""
+    out: Path | None = None
+    """Folder for stats.json and stats.html; null: `stats` in the folder of the first shard, or here where that is
+    remote."""
     workers: int | None = Field(None, ge=0)
-    """Processes; null: one a core; 0: this one."""
+    """Processes; null: one a core; 0: this process alone."""
     decode: bool = True
     """Decode every image whole, to find damaged ones; false reads headers only, which is several times faster."""
     examples: int = Field(8, ge=0, le=100)
@@ -76,8 +80,11 @@ def run(config: StatsConfig) -> None:
     # the sizes that were expected must not keep a shard of another size from being read
     shards = ShardSet(Catalog(catalog.paths, None), config.remote)
     figures, about = Figures.empty(limits, texts=MOST_TEXTS), []
-    state = config.out / "state"
-    workers = (os.cpu_count() or 1) if config.workers is None else config.workers
+    first = catalog.paths[0]
+    out = config.out or Path("" if is_remote(first) else os.path.dirname(first)) / "stats"
+    out = out.expanduser()
+    state = out / "state"
+    workers = cores() if config.workers is None else config.workers
     for number, records in sweep(
         shards, measure, workers=workers, state=state, identity=_identity(measure), title="stats"
     ):
@@ -99,13 +106,12 @@ def run(config: StatsConfig) -> None:
     summary["quality"] = faces.quality(summary)
     thumbnails = page.thumbnails(shards, summary["examples"])
     shards.close()
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.out / "stats.json", (json.dumps(summary, indent=1) + "\n").encode())
-    write_atomically(config.out / "stats.html", page.render(summary, thumbnails).encode())
+    write_atomically(out / "stats.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomically(out / "stats.html", page.render(summary, thumbnails).encode())
     again = sum(one["may_pass"] for one in about)
     if not again:
         clear(state)
-    _show(summary, config.out, again)
+    _show(summary, out, again)
 
 
 def _catalog(config: StatsConfig) -> tuple[Catalog, str | None]:
