@@ -175,7 +175,7 @@ def whole_batches(
 
 
 def bounded(
-    *arguments: str, seconds: float = 240, memory: int | None = None
+    *arguments: str, seconds: float = 240, memory: int | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` so that a crash, a hang or a giant allocation is seen. memory: bytes of its addresses."""
 
@@ -184,8 +184,14 @@ def bounded(
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=seconds, check=False, preexec_fn=limit
-    )  # fmt: skip
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+        preexec_fn=limit,
+        cwd=cwd,
+    )
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> Any:
