@@ -459,3 +459,27 @@ def test_shards_behind_urls(tmp_path, monkeypatch, capsys, workers):
         there = (tmp_path / "out" / "findings.jsonl").read_text()
         assert there == here.replace(str(data), server.url)
         assert not (tmp_path / "out" / "state").exists()
+
+
+@pytest.mark.parametrize("seed", range(scale(short=12, long=300)))
+def test_random_damage_never_ends_a_check(tmp_path, seed):
+    rng = random.Random(seed)
+    data = write(tmp_path / "data", pairs(12), 4)
+    for _ in range(rng.randrange(1, 6)):
+        file = rng.choice(sorted(data.iterdir()))
+        whole = bytearray(file.read_bytes())
+        match rng.randrange(4):
+            case 0 if whole:
+                whole[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            case 1:
+                whole = whole[: rng.randrange(len(whole) + 1)]
+            case 2 if whole:
+                start = rng.randrange(len(whole))
+                whole[start : start + 600] = rng.randbytes(rng.randrange(600))
+            case 3 if file.suffix == ".idx":
+                file.unlink()
+                continue
+        file.write_bytes(whole)
+    report, findings, _ = checked(data)
+    assert report["samples"] <= 14 and report["sound_images"] <= report["samples"]
+    assert sum(report["damage"].values()) + sum(report["remarks"].values()) == len(findings)

@@ -23,7 +23,7 @@ since. When the records are not needed any more: `clear(state)`.
 Nothing that a shard does ends a sweep. A damaged sample comes with its problem; a shard that cannot be opened,
 whose reading fails even when tried again, or that kills the process twice, comes as broken. The last two may
 pass: `Shard.may_pass` says so, and such a shard is visited again by the next sweep. What `visit` itself raises
-ends the sweep: UserError and OSError as UserError, others as RuntimeError with the traceback.
+ends the sweep: from workers UserError and OSError come as UserError, others as RuntimeError with the traceback.
 """
 
 import contextlib
