@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from mm.data.shards import ShardSet
 from mm.data.writer import ShardWriter
 from mm.tasks.contrastive import content_id
-from tests.chaos import BATCH, FULL, Life, Nursery, alive, children, scale, wait
+from tests.chaos import BATCH, FULL, Nursery, alive, children, scale, wait
 
 SAMPLES, BAD, SAVE_EVERY = 197, 3, 3
 FILES_OF_A_BATCH = 5  # its tensors come as open files
@@ -302,31 +302,32 @@ def test_memory_and_open_files_stay_and_a_kill_leaves_nothing(nursery, shards, t
     wait(lambda: set(os.listdir("/dev/shm")) <= shared, "/dev/shm is as before", 20)
 
 
-def train_until_worker(nursery: Nursery, folder: Path, argv: Sequence[str], sent: signal.Signals) -> Life:
-    """A run with two workers, one of which gets a signal once it trains."""
-    life = nursery.start(folder, 0, [*argv, f"out={folder / 'run'}", "data.workers=2", "data.timeout=3"])
-    wait(lambda: steps_of(folder) > 0 or life.ended, "the run trains")
-    workers = children(life.pids[0])
-    assert len(workers) == 2, life.output
-    os.kill(workers[1], sent)
-    wait(lambda: life.ended, "the run ends", 3 + 10)
-    wait(lambda: not any(map(alive, workers)), "no worker is left")
-    assert life.statuses == [1], life.output
-    assert "Traceback" not in life.output and "worker" in life.output.splitlines()[-1]
-    return life
-
-
-def test_a_run_whose_worker_dies_says_so_and_goes_on_exactly(nursery, whole, tmp_path):
-    argv, reference, _ = whole
-    message = train_until_worker(nursery, tmp_path, argv, signal.SIGKILL).output.splitlines()[-1]
-    assert "memory" in message and "/dev/shm" in message
-    nursery.start(tmp_path, 1, [*argv, f"out={tmp_path / 'run'}"]).finish()
-    History.of(tmp_path).check_same(reference)
-
-
-def test_a_run_whose_worker_stalls_says_so_and_goes_on_exactly(nursery, whole, tmp_path):
-    argv, reference, _ = whole
-    message = train_until_worker(nursery, tmp_path, argv, signal.SIGSTOP).output.splitlines()[-1]
-    assert "data.timeout" in message
-    nursery.start(tmp_path, 1, [*argv, f"out={tmp_path / 'run'}"]).finish()
-    History.of(tmp_path).check_same(reference)
+@pytest.mark.parametrize(
+    ("sent", "named"),
+    [(signal.SIGKILL, ("worker died", "memory", "/dev/shm")), (signal.SIGSTOP, ("data.timeout",))],
+)
+def test_a_run_whose_worker_dies_or_stalls_says_so_and_goes_on_exactly(sent, named, nursery, whole, tmp_path):
+    argv, reference, seconds = whole
+    argv = [*argv, "data.workers=2", "data.timeout=3"]
+    rng, times = random.Random(0), scale(short=1, long=20)
+    for run in range(times):
+        folder = tmp_path / str(run)
+        life = nursery.start(folder, 0, [*argv, f"out={folder / 'run'}"])
+        wait(lambda: steps_of(folder) > 0 or life.ended, "the run trains")  # noqa: B023
+        workers = children(life.pids[0])
+        assert len(workers) == 2, life.output
+        if FULL:
+            time.sleep(rng.uniform(0, seconds / 3))
+            while rng.random() < 0.9 and not (in_a_save(folder / "run") or life.ended):
+                time.sleep(0.0005)
+        os.kill(rng.choice(workers), sent)
+        wait(lambda: life.ended, "the run ends", 3 + 10)  # noqa: B023
+        wait(lambda: not any(map(alive, workers)), "no worker is left", 10)  # noqa: B023
+        if any(life.statuses):  # else they had read the last batch already
+            assert life.statuses == [1] and "Traceback" not in life.output, life.output
+            assert all(word in life.output.splitlines()[-1] for word in ("error: ", "worker", *named)), (
+                life.output
+            )
+            nursery.start(folder, 1, [*argv, f"out={folder / 'run'}"]).finish()
+        History.of(folder).check_same(reference)
+        shutil.rmtree(folder)

@@ -2,11 +2,13 @@
 
 import ctypes
 import itertools
-import multiprocessing
+import multiprocessing.process
 import os
 import random
+import re
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +17,8 @@ from multiprocessing import connection
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from mm.data.decode import BadSample
 from mm.data.draws import Draws
@@ -221,10 +224,73 @@ def start_worker(parent: int) -> Callable[[int], None]:
     return start
 
 
+def take(loader: DataLoader[Any], timeout: float) -> Iterator[Any]:
+    """What a loader gives. A worker that died is told of here, where the process waits for it, and nowhere else: by
+    itself torch raises in a signal handler, in whatever the process does just then, such as saving a checkpoint.
+
+    Raises:
+        Failure: a worker died, or gave no batch for `timeout` seconds.
+    """
+    before = set(multiprocessing.active_children())
+    results = iter(loader)
+    watch = _Watch([child for child in multiprocessing.active_children() if child not in before], timeout)
+    in_main = threading.current_thread() is threading.main_thread()
+    try:
+        while True:
+            watch.since = time.monotonic()
+            with worker_failures():
+                try:
+                    if in_main:
+                        signal.signal(signal.SIGCHLD, lambda *_: watch.check())
+                    watch.check()
+                    result = next(results)
+                except StopIteration:
+                    return
+                except (OSError, EOFError, RuntimeError) as error:
+                    if not isinstance(error, RuntimeError):  # a batch that was on the way
+                        time.sleep(1)  # the end of its worker may come a moment later
+                    watch.check()
+                    raise
+                finally:
+                    if in_main:
+                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            watch.since = None
+            yield result
+    finally:
+        watch.over.set()
+
+
+class _Watch:
+    """Kills workers that were waited for too long. torch has a time limit of its own, but waits for ever for a worker
+    that was stopped while it handed a batch over."""
+
+    def __init__(self, workers: list[multiprocessing.process.BaseProcess], seconds: float):
+        self.workers, self.seconds = workers, seconds
+        self.since: float | None = None
+        self.late = False
+        self.over = threading.Event()
+        if workers:
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def check(self) -> None:
+        """RuntimeError, as torch words it, where a worker is late or dead."""
+        if self.late:
+            raise RuntimeError(f"DataLoader timed out after {self.seconds} seconds")
+        _error_if_any_worker_fails()
+
+    def _look(self) -> None:
+        while not self.over.wait(1):
+            since = self.since
+            if since is not None and time.monotonic() - since > self.seconds + 1:
+                self.late = True
+                for worker in self.workers:
+                    worker.kill()
+                return
+
+
 @contextmanager
 def worker_failures() -> Iterator[None]:
-    """Says what it means when torch finds that a worker is gone or stuck. It finds out at any moment, in a
-    signal handler, so this goes around the whole loop that takes the batches.
+    """Says what it means when torch finds that a worker is gone or stuck.
 
     Raises:
         Failure: a worker died, or gave no batch in time.
@@ -241,7 +307,11 @@ def worker_failures() -> Iterator[None]:
                 "not answer, or a process that was stopped. Start the run again: it goes on from its last checkpoint"
             ) from None
         if said.startswith("DataLoader worker"):
-            how = said.split(") ", 1)[-1].removeprefix("is ").partition(". ")[0].rstrip(". ")
+            how = (
+                re.sub(r"DataLoader worker \(pid.* [\d, ]+\) (is )?", "", said)
+                .partition(". ")[0]
+                .rstrip(". ")
+            )
             raise Failure(
                 f"a data worker died ({how}). Most often memory ran out (see dmesg; lower data.workers, data.prefetch "
                 "or the batch), or /dev/shm is too small (docker: --shm-size). Start the run again: it goes on from its "
@@ -252,6 +322,6 @@ def worker_failures() -> Iterator[None]:
 
 def _kill_workers() -> None:
     """One that is stuck or stopped hears no other signal: torch would wait 10 s for it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch raises for each that dies
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it need not be told of each
     for child in multiprocessing.active_children():
         child.kill()

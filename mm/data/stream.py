@@ -17,7 +17,7 @@ from mm.data import layout
 from mm.data.draws import Draws
 from mm.data.mixture import Mixture
 from mm.data.parts import PartConfig, identity, open_parts
-from mm.data.reader import Collate, Ended, Prepare, Reader, start_worker, worker_failures
+from mm.data.reader import Collate, Ended, Prepare, Reader, start_worker, take
 from mm.data.remote import RemoteConfig, is_remote
 from mm.log import message
 
@@ -188,15 +188,14 @@ class Stream:
             generator=torch.Generator(),  # or it would draw from the global one
         )
         position = self.start
-        with worker_failures():
-            for result in loader:
-                if isinstance(result, Ended):
-                    raise result.kind(result.message)
-                batch, bad = result
-                if position == self.start:
-                    self._check_shared_memory(batch)
-                position += self.global_batch
-                yield StreamBatch(batch, position, bad)
+        for result in take(loader, self.config.timeout):
+            if isinstance(result, Ended):
+                raise result.kind(result.message)
+            batch, bad = result
+            if position == self.start:
+                self._check_shared_memory(batch)
+            position += self.global_batch
+            yield StreamBatch(batch, position, bad)
 
     def _check_shared_memory(self, batch: list[dict[str, Tensor]]) -> None:
         if self.config.workers and os.path.isdir("/dev/shm"):
