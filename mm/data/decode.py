@@ -177,9 +177,12 @@ def _with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
         _check_pixels(*opened.size, max_pixels)
         ImageOps.exif_transpose(opened, in_place=True)
         if opened.mode.startswith("I") or opened.mode == "F":
-            grey = np.asarray(opened).astype(np.float64) / (257 if opened.mode.startswith("I;16") else 1)
-            grey = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
+            grey, unit = np.asarray(opened), 257 if opened.mode.startswith("I;16") else 1
+            pixels = np.empty((*grey.shape, 3), dtype=np.uint8)
+            for top in range(0, len(grey), 64):  # of all rows at once the floats take 1 GB at the limit
+                rows = grey[top : top + 64].astype(np.float64) / unit
+                pixels[top : top + 64] = np.clip(np.rint(rows), 0, 255).astype(np.uint8)[:, :, None]
+            return pixels
         if opened.mode == "CMYK" and opened.format in ("JPEG", "MPO") and "adobe" not in opened.info:
             opened = ImageChops.invert(opened)  # only Adobe's files hold ink upside down; Pillow turns all
         return np.array(opened.convert("RGBA" if opened.has_transparency_data else "RGB"))

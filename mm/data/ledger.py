@@ -17,5 +17,6 @@ class Ledger:
         """Append entries (`StreamBatch.bad`, each with the `step` that it belongs to), in the order of positions."""
         ordered = sorted(entries, key=lambda entry: entry["position"])
         if ordered:
-            with self.path.open("a", encoding="utf-8") as file:
+            # the name of a shard may hold bytes that are not UTF-8: they become JSON's escapes
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in ordered)

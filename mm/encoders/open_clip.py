@@ -234,7 +234,9 @@ def build_open_clip_text(config: TextConfig) -> OpenClipTextEncoder:
 def load_tokenizer(spec: dict[str, Any], folder: Path | None) -> OpenClipTokenizer:
     """The tokenizer of a text tower; `folder` may hold its files, where open_clip does not bring them."""
     config, length = spec["model"]["text_cfg"], spec["context_length"]
-    arguments = config.get("tokenizer_kwargs") or {}
+    arguments = dict(config.get("tokenizer_kwargs") or {})
+    if arguments.pop("trust_remote_code", False):
+        raise UserError(f"the tokenizer of {spec['name']} asks to run code of its own, which is not done")
     name = config.get("hf_tokenizer_name")
     if not name:
         return OpenClipTokenizer(open_clip.SimpleTokenizer(context_length=length, **arguments), length)

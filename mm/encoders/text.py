@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ KNOWN = (
     "sentence-transformers/all-mpnet-base-v2",
 )
 DEFAULT_CONTEXT = 77
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Pooling = Literal["auto", "cls", "mean", "pooler"]
 
 
@@ -68,7 +69,7 @@ class TextConfig(Config):
     """Attention heads of a random network; null: as its config says."""
     dropout: float | None = None
     """Dropout of activations and attention; null: as its config says."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Attention = "sdpa"
     """Which attention code runs."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -223,7 +224,7 @@ def _hf_config(name: str, source: str) -> Any:
 
     try:
         with from_hub(f"the text model {name!r}"):
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except UserError as error:
         close = [near for near in difflib.get_close_matches(name, KNOWN, n=3) if near != name]
         hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -260,11 +261,18 @@ def _random(spec: dict[str, Any]) -> nn.Module:
 
     values = dict(spec["hf"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    arguments = {"attn_implementation": spec["attention"], "dtype": torch.float32}
+    _check_attention(spec)
+    arguments = {"attn_implementation": spec["attention"], "dtype": torch.float32, "trust_remote_code": False}
     try:
         return AutoModel.from_config(config, add_pooling_layer=spec["pooling"] == "pooler", **arguments)
     except TypeError:  # a family that never has a pooler
         return AutoModel.from_config(config, **arguments)
+
+
+def _check_attention(spec: dict[str, Any]) -> None:
+    known = get_args(Attention)
+    if spec["attention"] not in known:  # transformers takes the name of any other for a hub's code
+        raise UserError(f"attention {spec['attention']!r} is not one of {', '.join(known)}")
 
 
 def _pretrained(source: str, hf_config: Any, spec: dict[str, Any]) -> nn.Module:
@@ -275,6 +283,7 @@ def _pretrained(source: str, hf_config: Any, spec: dict[str, Any]) -> nn.Module:
         "attn_implementation": spec["attention"],
         "dtype": torch.float32,
         "output_loading_info": True,
+        "trust_remote_code": False,
     }
     pooler = {"add_pooling_layer": spec["pooling"] == "pooler"}
     with _quiet_transformers():

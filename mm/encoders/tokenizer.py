@@ -49,7 +49,15 @@ def hf_tokenizer(source: str) -> Any:
     """The fast tokenizer of a hub name or folder; UserError where it has none, or cannot pad."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    # False, and not the default: that one asks on the terminal whether to run the code of the checkpoint
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"the tokenizer {source!r} brings code of its own, which is not run; choose another"
+        ) from None
     if getattr(tokenizer, "backend_tokenizer", None) is None or tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer {source!r} has no fast form or no padding token; choose another")
     return tokenizer
