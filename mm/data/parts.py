@@ -191,7 +191,7 @@ def index_hash(part: Part) -> str:
     for i, path in enumerate(paths):
         folder, _, name = path.rpartition("/")
         size = "" if sizes is None else sizes[i]
-        digest.update(f"{relative[folder].removeprefix('./')}{name}\t{size}\n".encode())
+        digest.update(f"{relative[folder].removeprefix('./')}{name}\t{size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
