@@ -136,7 +136,7 @@ def _accuracy(summary: Json) -> list[Finding]:
         found += [
             Finding(
                 "Similarity of image and caption",
-                f"{close['matched_mean']:.3f} on average, {close['shuffled_mean']:.3f} for shuffled pairs",
+                f"{close['matched_mean']:.3f}, shuffled {close['shuffled_mean']:.3f}",
             ),
             _share(
                 "Pairs less alike than the middle shuffled pair",
@@ -144,7 +144,7 @@ def _accuracy(summary: Json) -> list[Finding]:
                 1,
                 0.05,
                 0.2,
-                "{} of the pairs are less alike than the middle one of shuffled pairs",
+                "{} of the pairs are less alike to this model than the middle one of shuffled pairs",
             ),
             _share("Pairs more alike than a shuffled one", close["more_alike_than_shuffled"], 1),
         ]
@@ -275,9 +275,9 @@ def _representativeness(summary: Json) -> list[Finding]:
         found += [
             Finding(
                 f"Groups of {label}",
-                f"{_number(group, 'values')}, effective number {_number(group, 'effective_values')}, "
-                f"entropy {group['entropy_bits']:.2f} bits",
+                f"{_number(group, 'values')}, effective number {_number(group, 'effective_values')}",
             ),
+            Finding(f"– entropy of {label}", f"{group['entropy_bits']:.2f} bits"),
             _share(
                 f"– largest of {label}", group["largest_share"], 1, None if few else max(0.3, 3 / group["values"]),
                 None if few else 0.8, f"{label} {group['top'][0][0]!r} makes up {{}}",

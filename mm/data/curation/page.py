@@ -64,7 +64,7 @@ PLOTS = (
     ("captions", "Captions", "a sample"),
     ("shard_samples", "Samples", "a shard"),
     ("matched", "Similarity", "cosine of image and caption"),
-    ("shuffled", "Shuffled", "cosine of image and another's caption"),
+    ("shuffled", "Shuffled", "cosine with another's caption"),
 )
 # extremes are shown where they differ
 EXTREMES = {"smallest": "pixels", "largest": "pixels", "widest": "aspect", "tallest": "aspect"}
