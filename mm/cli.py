@@ -103,7 +103,7 @@ def tool(name: str, argv: list[str]) -> None:
     shards = [word for word in argv if not word.startswith("-") and "=" not in word and word[-5:] != ".yaml"]
     rest = [word for word in argv if word not in shards]
     named = [f"shards={json.dumps(shards)}"] if shards else []
-    code.run(parse(getattr(code, config), [*rest, *named], f"mm data {name}"))
+    code.run(parse(getattr(code, config), [*rest, *named], f"mm data {name} SHARDS ..."))
 
 
 def report(argv: list[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mm import cli
+from mm.data.writer import ShardWriter
 from mm.errors import UserError
 
 
@@ -47,6 +48,22 @@ def test_mistakes(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         cli.dispatch(arguments)
     assert message in str(caught.value)
+
+
+def test_tools_take_shards_before_keys(tmp_path: Path, capsys) -> None:
+    with ShardWriter(tmp_path / "a") as writer:
+        writer.add("0", {"txt": b"a word", "jpg": b"no image"})
+    with pytest.raises(SystemExit) as ended:
+        cli.dispatch(["data", "check", str(tmp_path / "a"), f"out={tmp_path / 'found'}", "workers=0"])
+    assert ended.value.code == 1 and (tmp_path / "found" / "check.json").exists()
+    assert "damaged" in capsys.readouterr().out
+    for name in cli.TOOLS:
+        with pytest.raises(SystemExit) as ended:
+            cli.dispatch(["data", name, "--help"])
+        assert ended.value.code == 0
+        assert f"usage: mm data {name} SHARDS ..." in capsys.readouterr().out
+        with pytest.raises(UserError, match="shards"):
+            cli.dispatch(["data", name, "sharts=3"])
 
 
 def test_exit_status_and_no_traceback() -> None:
