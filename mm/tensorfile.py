@@ -66,6 +66,8 @@ class TensorFile:
 def damage(path: Path, about: Mapping[str, Any]) -> str | None:
     """What is wrong with a file of which `about` was true, or None."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            return f"{path} is not a file"
         if path.stat().st_size != about["bytes"]:
             return f"{path} has {path.stat().st_size:,} bytes, not {about['bytes']:,}"
         with open(path, "rb") as file:
