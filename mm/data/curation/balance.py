@@ -107,13 +107,12 @@ def choose_threshold(counts: NDArray[np.int64], tail_share: float) -> int:
 
 def keep_probability(counts: NDArray[np.int64], threshold: int) -> NDArray[np.float64]:
     """t / max(count, t) for each concept."""
-    probability: NDArray[np.float64] = threshold / np.maximum(counts, threshold)
-    return probability
+    return threshold / np.maximum(counts, threshold)
 
 
 def draws(samples: NDArray[np.uint64], concepts: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
     """Numbers in [0, 1), each a function of (hash of the sample, concept, seed) alone; arrays of one length."""
-    return (mix(seed, samples, concepts) >> np.uint64(11)) * 2.0**-53
+    return (mix(seed, samples, concepts) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Matches(NamedTuple):

@@ -16,6 +16,7 @@ from mm.data.transforms import WHITE, composite
 
 BITS = 64
 SIDE, KEPT = 32, 8  # pixels an image is reduced to; lowest frequencies a side that make the hash
+MARGIN = 200.0
 _LARGE = 4096  # a bucket of more members is cut again, by bits that tell those apart
 _SORTING = 20.0  # cost of sorting and splitting a hash, in comparisons of two
 
@@ -25,24 +26,28 @@ class NearDuplicatesConfig(Config):
 
     distance: int | None = Field(None, ge=0, le=16)
     """Bits of 64 in which the perceptual hashes of two copies may differ; null: duplicates stay."""
-    colour: int = Field(24, ge=0, le=255)
-    """How far the mean colours of two copies may lie apart in any channel (the hash sees no colour)."""
+    colour: int = Field(24, ge=8, le=255)
+    """How far the mean colours of two copies may lie apart in any channel, in steps of 8 (the hash sees no colour)."""
 
 
-def perceptual_hash(image: Tensor) -> int:
-    """64 bits that say which low frequencies of the grey image are above their median, the first highest.
+def perceptual_hash(image: Tensor, margin: float = MARGIN) -> int:
+    """64 bits that say which low frequencies of the grey image lie above their median, the first bit highest.
 
-    As pHash (Zauner 2010) in the package ImageHash: 32 x 32 pixels, DCT-II, the 8 x 8 lowest frequencies.
+    pHash (Zauner 2010): 32 x 32 pixels, DCT-II, the 8 x 8 lowest frequencies; with margin 0 bit for bit that of
+    the package ImageHash. There, half the bits of a symmetric drawing are noise, because half its frequencies
+    are zero and so is the median; copies of emoji as JPEG differed in up to 32 bits. The margin keeps these at 0.
 
     Args:
         image: uint8 (3, H, W), or (4, H, W) with alpha, which is laid on white.
+        margin: how far above the median a coefficient must lie; a grey level of noise in each of the 32 x 32
+            pixels makes 64 on average.
     """
     pixels = composite(image, WHITE).permute(1, 2, 0).contiguous().numpy()
     grey = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     basis = _dct()
     # without the rounding the bits of a blank image would be the last digits of zero
     low = np.round(basis @ np.asarray(grey, dtype=np.float64) @ basis.T, 6)
-    above = (low > np.median(low)).astype(np.uint8)
+    above = (low > np.median(low) + margin).astype(np.uint8)
     return int.from_bytes(np.packbits(above).tobytes(), "big")
 
 
@@ -133,17 +138,26 @@ class _Search:
                 bucket = members[order[start : start + length]]
                 if len(np.unique(self._roots(bucket))) > 1:
                     self._link(bucket)
-            ends = np.where(large, 0, starts + lengths)
-            after = np.repeat(ends, lengths) - np.arange(len(keys)) - 1  # members of the bucket behind each
-            self._compare(members[order], hashes[order], after)
+            self._compare(members[order], hashes[order], starts, np.where(large, 0, lengths))
 
     def _compare(
-        self, members: NDArray[np.int64], hashes: NDArray[np.uint64], after: NDArray[np.int64]
+        self,
+        members: NDArray[np.int64],
+        hashes: NDArray[np.uint64],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
     ) -> None:
-        """Compare each with the `after` ones that follow it."""
+        """Compare all pairs within each bucket, until it is one group."""
+        sizes = np.diff(np.r_[starts, len(members)])
+        after = np.repeat(starts + lengths, sizes) - np.arange(len(members)) - 1  # of its bucket, behind each
         left = np.flatnonzero(after > 0)
-        step = 1
+        step, look = 1, 1
         while len(left):
+            if step == look:
+                look *= 4
+                roots = self._roots(members)
+                one = np.minimum.reduceat(roots, starts) == np.maximum.reduceat(roots, starts)
+                left = left[~np.repeat(one, sizes)[left]]
             near = left[np.bitwise_count(hashes[left] ^ hashes[left + step]) <= self.distance]
             if len(near):
                 self._unite(members[near], members[near + step])
