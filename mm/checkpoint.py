@@ -293,7 +293,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
         digest, version = content.pop("sha256"), content["version"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     if digest != _digest(content):
         raise UserError(f"{file} is damaged (its checksum is not the one of the save)")

@@ -148,7 +148,7 @@ class ShardIndex:
         """Key, and extension -> (offset, size). DamagedIndex where it cannot be known."""
         try:
             return _parse(self._read((i + 1) * self.width, self.width))
-        except (ValueError, RecursionError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             if self._shard is None:
                 raise DamagedIndex("its line of the index is damaged") from None
         self._make_again(self._shard)
