@@ -1,9 +1,13 @@
 import os
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mm.data.catalog import expand, index_shards, read_catalog
+from mm.data.catalog import Catalog, ShardNames, expand, index_shards, read_catalog
 from mm.data.index import ShardIndex, index_text
 from mm.data.shards import ShardSet
 from mm.errors import UserError
@@ -68,3 +72,70 @@ def test_a_stale_table_of_sizes_is_named(tmp_path: Path) -> None:
         read_catalog(str(folder))
     (folder / "sizes.json").unlink()
     assert read_catalog(str(folder)).sizes is None and len(ShardSet(str(folder))) == 8
+
+
+NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+
+
+@given(
+    names=st.lists(st.one_of(NAMES, st.builds("shard-{}.tar".format, st.integers(0, 10**6)))),
+    long=st.integers(0, 20_000),
+)
+def test_names_are_kept_as_they_are(names: list[str], long: int) -> None:
+    names = [*names, "x" * long]
+    kept = ShardNames(names)
+    assert list(kept) == names == kept and len(kept) == len(names)
+    assert kept[-1] == names[-1] and kept[1:3] == names[1:3]
+    with pytest.raises(IndexError):
+        kept[len(names)]
+
+
+def test_names_in_other_encodings(tmp_path: Path) -> None:
+    for name in (b"\xff\xfe.tar", "é.tar".encode(), "日本.tar".encode()):
+        (tmp_path / os.fsdecode(name)).touch()
+    assert sorted(map(os.fsencode, ShardNames(expand(str(tmp_path))))) == sorted(
+        os.fsencode(str(path)) for path in tmp_path.iterdir()
+    )
+
+
+def test_a_shard_takes_20_bytes() -> None:
+    count = 10**5
+    names = {f"/data/laion/part-{i // 1000:05d}/{i:07d}.tar": 10_000 for i in range(count)}
+    tracemalloc.start()
+    catalog = Catalog.of(names)
+    retained = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert catalog.sizes is not None
+    assert catalog.paths.nbytes + catalog.sizes.nbytes <= retained < 20 * count
+    assert catalog.samples == 10**9 and catalog.paths[87_654] == "/data/laion/part-00087/0087654.tar"
+
+
+def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 50, per_shard=1)
+    calls = []
+    for function in ("stat", "listdir", "scandir"):
+        real = getattr(os, function)
+        monkeypatch.setattr(os, function, lambda *a, real=real, **k: calls.append(a) or real(*a, **k))
+    for pattern in (str(tmp_path), f"{tmp_path}/*.tar", f"{tmp_path}/shard-{{000000..000049}}.tar"):
+        calls.clear()
+        assert read_catalog(pattern).samples == 50
+        assert len(calls) < 20
+
+
+def test_shards_are_indexed_in_parallel(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / name, 30, per_shard=2)
+    whole = {path: path.read_bytes() for path in tmp_path.rglob("*.idx")}
+    for path in [*whole, tmp_path / "a" / "sizes.json", tmp_path / "b" / "sizes.json"]:
+        path.unlink()
+    patterns = [str(tmp_path / "a"), str(tmp_path / "b")]
+    counted = index_shards(patterns, write=False)
+    assert counted.samples == 60 and not list(tmp_path.rglob("*.idx"))
+    written = index_shards(patterns)
+    assert written.paths == counted.paths == expand(patterns)
+    assert np.array_equal(written.sizes, counted.sizes)  # type: ignore[arg-type]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.idx")} == whole
+    assert read_catalog(patterns).samples == 60
+    (tmp_path / "a" / "shard-000003.tar").write_bytes(b"no tar")
+    with pytest.raises(UserError, match=r"shard-000003\.tar is not a whole tar"):
+        index_shards(patterns)

@@ -2,9 +2,11 @@
 
 An entry is `HASH-NAME.tar` with its `.idx`, HASH that of the URL. Who fetches it writes `HASH-NAME.tar.partial`,
 locked (flock) all the while, then renames it: a killed process leaves an unlocked partial file, which counts as
-nothing and is written over or removed. A file that is read bears a shared lock, so it is never removed; of the
-others the least recently used goes first. The sum of all sizes, those being fetched included, stays below the limit:
-a partial file is extended to its full length, under the folder's lock, before the first byte of it is written.
+nothing and is written over or removed. A shard bears a shared lock while something is read of it, so it is not
+removed then; of the others the least recently used goes first. Who has one open that is gone sees that it has no
+name any more, and opens it anew; its bytes went with its name. The sum of all sizes, those being fetched included,
+stays below the limit: a partial file is extended to its full length, under the folder's lock, before the first byte
+of it is written.
 
 A shard is taken to be immutable: what is cached for a URL stays good until it leaves the cache. Only an entry
 that contradicts `sizes.json` is fetched again.
@@ -16,7 +18,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -51,25 +53,18 @@ class Cache:
         digest = hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()[:32]
         return str(self.folder / f"{digest}-{tail}.tar")
 
-    def open(self, url: str, make_room: Callable[[], None] = lambda: None) -> tuple[int, str]:
-        """A descriptor of the shard, to be given to `release`, and its path; waits while others fetch it.
-
-        Args:
-            make_room: called once where the cache is full of shards in use: releases those of the caller.
+    def open(self, url: str) -> tuple[int, str]:
+        """A descriptor of the shard, locked until `rest` or `release`, and its path; waits while others fetch it.
 
         Raises:
             UserError: there is no such shard, it is no tar, or it finds no room.
             Unreachable: after all attempts.
         """
-        deadline = None
+        deadline = time.monotonic() + WAIT_FOR_ROOM
         while True:
             try:
                 return self._open(url, None)
             except Full as full:
-                if deadline is None:
-                    deadline = time.monotonic() + WAIT_FOR_ROOM
-                    make_room()
-                    continue
                 if time.monotonic() > deadline:
                     raise UserError(str(full)) from None
             time.sleep(5 * POLL)
@@ -83,21 +78,34 @@ class Cache:
             os.utime(self.path(url), ns=(0, due))
         except FileNotFoundError:
             with suppress(BlockingIOError):
-                self.release(self._open(url, due)[0], used=False)
+                self.release(self._open(url, due)[0])
         except PermissionError:  # of another user, and there
             pass
 
-    def release(self, descriptor: int, used: bool = True) -> None:
-        """Close a shard: from now on it may be removed."""
-        if used:
-            _touch(descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked meanwhile has the lock too, until this
-        os.close(descriptor)
+    @staticmethod
+    def rest(descriptor: int) -> None:
+        """Until `resume` the shard may be removed."""
+        _touch(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    @staticmethod
+    def resume(descriptor: int) -> bool:
+        """Lock a shard again that is open; False where it was removed meanwhile."""
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return os.fstat(descriptor).st_nlink > 0
+
+    @staticmethod
+    def release(descriptor: int) -> None:
+        """Close a shard."""
+        _close(descriptor)
 
     def drop(self, url: str) -> None:
         """Forget the shard of a URL."""
-        with self._locked():
-            self._remove(os.path.basename(self.path(url)))
+        for _ in range(100):  # others may be reading of it
+            with self._locked():
+                if self._remove(os.path.basename(self.path(url))):
+                    return
+            time.sleep(POLL)
 
     def count(self, url: str) -> int:
         """Samples of a shard, by its index where there is one, else by fetching it. Errors as `open`."""
@@ -258,15 +266,15 @@ class Cache:
             raise Full(
                 f"no room for {shown(url)}: it needs {more:,} bytes more, and of data.remote.size="
                 f"{self.config.size} all but {max(0, more - excess):,} are in use, {sum(parts):,} of them by "
-                f"{len(parts)} transfers and the rest by shards that processes read now (cache {self.folder}); "
-                "raise data.remote.size, or lower data.workers or data.remote.downloads"
+                f"{len(parts)} transfers and the rest by shards that are being read (cache {self.folder}); raise "
+                "data.remote.size, or lower data.workers or data.remote.downloads"
             )
 
     def _remove(self, name: str) -> bool:
         """Whether the file could be removed: nobody reads or writes it. A shard goes with its index."""
         path = self.folder / name
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return True
         except OSError:
@@ -277,6 +285,7 @@ class Cache:
             if name.endswith(".tar"):
                 with suppress(FileNotFoundError):
                     os.unlink(index_path(str(path)))
+            os.ftruncate(descriptor, 0)  # or it would take its room as long as anybody has it open
             return True
         except OSError:
             return False
@@ -322,6 +331,10 @@ def _lock_as(descriptor: int, path: str, wait: bool) -> bool:
         except BlockingIOError:
             if not wait:
                 raise
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be locked ({error.strerror}); set data.remote.cache to a folder on a local disk"
+            ) from None
         if not _is_at(descriptor, path):
             return False
         time.sleep(POLL)
@@ -335,14 +348,15 @@ def _is_at(descriptor: int, path: str) -> bool:
 
 
 def _close(descriptor: int) -> None:
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked meanwhile would keep the lock
     os.close(descriptor)
 
 
 def _is_left_over(name: str, file: os.stat_result, files: dict[str, os.stat_result]) -> bool:
     """Whether nobody may need it: a partial file (unless it is locked), or an index without a shard."""
     if name.endswith(PARTIAL):
-        return file.st_size > 2**14 or file.st_mtime < time.time() - 5  # others may yet read a note
+        # an index is written under the folder's lock; as to the others, a note in one may yet be read
+        return name.startswith(".") or file.st_size > 2**14 or file.st_mtime < time.time() - 5
     if name.endswith(".idx"):
         shard = name.removesuffix(".idx") + ".tar"
         return shard not in files and shard + PARTIAL not in files

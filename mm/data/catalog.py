@@ -326,6 +326,13 @@ def _table(text: bytes, folder: str) -> dict[str, int]:
     return sizes
 
 
+def run_index(shard: str) -> str:
+    """What to do about an index or a `sizes.json` that does not fit."""
+    if is_remote(shard):
+        return "run mm data index where the shards lie, and put what it writes beside them"
+    return f"run: mm data index {os.path.dirname(shard) or '.'}"
+
+
 def read_catalog(patterns: str | Sequence[str], remote: RemoteConfig | None = None) -> Catalog:
     """The shards, and their sizes where every folder has its `sizes.json`.
 
@@ -345,9 +352,7 @@ def read_catalog(patterns: str | Sequence[str], remote: RemoteConfig | None = No
                 return Catalog(ShardNames(paths), None)
             tables[folder] = table
         if name not in tables[folder]:
-            raise UserError(
-                f"{folder or '.'}/sizes.json does not list {name}; run: mm data index {folder or '.'}"
-            )
+            raise UserError(f"{shown(folder or '.')}/sizes.json does not list {name}; {run_index(path)}")
         sizes[i] = tables[folder][name]
     for pattern in _listed(patterns):
         folder = os.path.normpath(_local_path(pattern))

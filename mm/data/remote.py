@@ -67,7 +67,8 @@ class RemoteConfig(Config):
     trust_pipe: bool = False
     """Whether `pipe:COMMAND` may be run. Whoever writes the names of the shards then runs commands here."""
     options: dict[str, Any] = {}
-    """What fsspec's file system takes: anon, endpoint_url, key, token, ...; for http(s): headers."""
+    """What fsspec's file system takes: anon, endpoint_url, ...; for http(s): headers. The run folder gets a copy of
+    the config, so secrets are better left in the environment or in the login of the provider."""
 
     @field_validator("size")
     @classmethod

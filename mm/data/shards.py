@@ -7,6 +7,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.data.cache import Cache
-from mm.data.catalog import Catalog, index_shards, read_catalog
+from mm.data.catalog import Catalog, index_shards, read_catalog, run_index
 from mm.data.decode import BadSample
 from mm.data.index import BLOCK, DamagedIndex, ShardIndex, open_index, open_regular
 from mm.data.prefetch import Prefetch
@@ -22,7 +23,6 @@ from mm.data.remote import RemoteConfig, is_remote
 from mm.errors import UserError
 
 LARGEST_SAMPLE = 2**30  # bytes of all members
-SHARE = 64  # a process keeps one shard open, or shards of this part of the cache
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Sample:
 class _Open(NamedTuple):
     descriptor: int
     table: ShardIndex
-    fetched: int  # bytes that stay in the cache as long as it is open; 0 for a local shard
+    fetched: bool  # it is in the cache, where it may be removed while nothing is read of it
 
 
 class ShardSet:
@@ -79,7 +79,8 @@ class ShardSet:
 
     def count(self, shard: int) -> int:
         """Samples of a shard, which is opened to see."""
-        return self._shard(shard).table.samples
+        with self._reading(shard) as opened:
+            return opened.table.samples
 
     def will_need(self, shards: Iterable[int]) -> None:
         """Start to fetch those of the shards that lie elsewhere, the first first; replaces what was asked before.
@@ -87,7 +88,7 @@ class ShardSet:
         A mistake or a failure here shows when the shard is read.
         """
         self._after_fork()
-        urls = [path for shard in shards if shard not in self._open and is_remote(path := self.paths[shard])]
+        urls = [path for shard in shards if is_remote(path := self.paths[shard])]
         if self._prefetch is None and urls:
             self._prefetch = Prefetch(self._cache, self._cache.config.downloads)
         if self._prefetch is not None:
@@ -107,13 +108,8 @@ class ShardSet:
 
     def name(self, shard: int, index: int) -> str:
         """Key of a sample, its members unread. Errors as `read`."""
-        return self._line(shard, index)[0]
-
-    def _line(self, shard: int, index: int) -> tuple[str, dict[str, tuple[int, int]]]:
-        try:
-            return self._shard(shard).table[index]
-        except DamagedIndex as error:
-            raise BadSample(str(error)) from None
+        with self._reading(shard) as opened:
+            return _line(opened, index)[0]
 
     def read(self, shard: int, index: int) -> Sample:
         """Sample `index` of shard number `shard`.
@@ -123,8 +119,12 @@ class ShardSet:
             OSError: reading failed; trying again may help.
             UserError: the shard does not fit its `sizes.json`.
         """
-        descriptor = self._shard(shard).descriptor
-        key, offsets = self._line(shard, index)
+        with self._reading(shard) as opened:
+            return self._read(opened, shard, index)
+
+    def _read(self, opened: _Open, shard: int, index: int) -> Sample:
+        descriptor = opened.descriptor
+        key, offsets = _line(opened, index)
         total = sum(size for _, size in offsets.values())
         if total > LARGEST_SAMPLE:
             raise BadSample(f"{total:,} bytes exceed the limit of {LARGEST_SAMPLE:,} for a sample")
@@ -145,11 +145,24 @@ class ShardSet:
             members[extension] = raw[BLOCK:]
         return Sample(key, self.paths[shard], members)
 
+    @contextmanager
+    def _reading(self, shard: int) -> Iterator[_Open]:
+        opened = self._shard(shard)
+        try:
+            yield opened
+        finally:
+            if opened.fetched:
+                self._cache.rest(opened.descriptor)
+
     def _shard(self, shard: int) -> _Open:
+        """The open shard, locked if it is in the cache."""
         self._after_fork()
         if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
+            opened = self._open[shard]
+            if not opened.fetched or self._cache.resume(opened.descriptor):
+                self._open.move_to_end(shard)
+                return opened
+            self._release(self._open.pop(shard))
         path = self.paths[shard]
         expected = int(self._sizes[shard]) if self._sizes is not None else None
         opened = self._opened(path, expected)
@@ -161,39 +174,24 @@ class ShardSet:
             self._release(opened)
             raise UserError(
                 f"shard {path} holds {opened.table.samples} samples, but {expected} were expected; "
-                f"run: mm data index {os.path.dirname(path) or '.'}"
+                f"{run_index(path)}"
             )
         self._open[shard] = opened
-        self._close_oldest()
+        while len(self._open) > self._open_shards:
+            self._release(self._open.popitem(last=False)[1])
         return opened
 
     def _opened(self, path: str, expected: int | None) -> _Open:
         if is_remote(path):
-            descriptor, place = self._cache.open(path, self._close_fetched)
-            size = fetched = os.fstat(descriptor).st_size
+            descriptor, place = self._cache.open(path)
         else:
-            descriptor, place, fetched = open_regular(path), path, 0
-            size = os.fstat(descriptor).st_size
+            descriptor, place = open_regular(path), path
         try:
-            return _Open(descriptor, open_index(place, size, expected), fetched)
+            table = open_index(place, os.fstat(descriptor).st_size, expected)
+            return _Open(descriptor, table, is_remote(path))
         except BaseException:
             os.close(descriptor)
             raise
-
-    def _close_oldest(self) -> None:
-        """Keep few files open, and of the cache a small part, as others need room in it too."""
-        while len(self._open) > self._open_shards:
-            self._release(self._open.popitem(last=False)[1])
-        fetched = [shard for shard, opened in self._open.items() if opened.fetched]
-        excess = sum(self._open[shard].fetched for shard in fetched) - self._cache.limit // SHARE
-        for shard in fetched[:-1]:
-            if excess > 0:
-                excess -= self._open[shard].fetched
-                self._release(self._open.pop(shard))
-
-    def _close_fetched(self) -> None:
-        for shard in [shard for shard, opened in self._open.items() if opened.fetched]:
-            self._release(self._open.pop(shard))
 
     def _release(self, opened: _Open) -> None:
         opened.table.close()
@@ -227,6 +225,13 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": OrderedDict(), "_prefetch": None}
+
+
+def _line(opened: _Open, index: int) -> tuple[str, dict[str, tuple[int, int]]]:
+    try:
+        return opened.table[index]
+    except DamagedIndex as error:
+        raise BadSample(str(error)) from None
 
 
 def _is_header_of(block: bytes, name: str, size: int) -> bool:

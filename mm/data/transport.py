@@ -150,7 +150,7 @@ def _http(transfer: Transfer) -> Iterator[bytes]:
             place, _, whole = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
             if place.partition("-")[0] != str(transfer.have):
                 raise OSError(f"asked for byte {transfer.have} on, the server sent {place!r}")
-            total = int(whole) if whole.isdecimal() else None
+            total = int(whole) if whole.isdecimal() else transfer.total
         else:
             transfer.have = 0
             total = int(length) if length and length.isdecimal() else None
