@@ -510,6 +510,7 @@ def test_group_by_and_headers_only(tmp_path: Path) -> None:
     summary = collect(data, tmp_path / "out", "workers=0", "group_by=a.b", "decode=false", "examples=0")
     assert dict(summary["balance"]["json:a.b"]["top"]) == {"p": 10, "q": 5}
     assert summary["counts"]["images"] == 10 and summary["counts"].get("bad_image", 0) == 0
+    assert "none was decoded" in str(summary["quality"]["accuracy"])
     assert "json:cls" in collect(data, tmp_path / "out", "workers=0")["balance"]
 
 

@@ -96,6 +96,7 @@ def _accuracy(summary: Json) -> list[Finding]:
     counts, tallies = _Counts(summary), summary["tallies"]
     samples, captions = counts["samples"], counts.captions
     unusable = samples - counts["usable"]
+    decoded = summary.get("settings", {}).get("decode", True)
     kinds = {kind: number for kind, number, _ in tallies["kinds"]["top"]}
     odd = sum(kinds.values())
     worst = max(kinds, key=lambda kind: kinds[kind], default="")
@@ -110,12 +111,14 @@ def _accuracy(summary: Json) -> list[Finding]:
             "{} of the samples cannot be used as they are",
         ),
         _share(
-            "Images that cannot be decoded",
+            "Images that cannot be decoded"
+            if decoded
+            else "Images whose header cannot be read (none was decoded)",
             counts["bad_image"],
             samples,
             0.0005,
             0.01,
-            "{} of the images cannot be decoded",
+            "{} of the images cannot be " + ("decoded" if decoded else "opened"),
         ),
         _share(
             "Captions that do not look like captions",
