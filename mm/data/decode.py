@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from mm.data.shards import Sample
 
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
+SCAN, MOST_SCANS = (
+    b"\xff\xda",
+    200,
+)  # a progressive JPEG has about 10; each goes over all pixels, and takes few bytes
 LONGEST_CAPTION = 10_000  # characters
 LARGEST_TEXT = 2**22  # bytes of a .txt or .json member
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -49,6 +53,8 @@ class EncodedImage:
         self._data, self._max_pixels = data, max_pixels
         self._decoded: NDArray[np.uint8] | None = None
         with _bad_sample(data):
+            if data[:2] == b"\xff\xd8" and data.count(SCAN) > MOST_SCANS:
+                raise BadSample(f"JPEG of more than {MOST_SCANS} scans")
             header = _jpeg_header(data)
             if header is None:
                 self._decoded = _with_pillow(data, max_pixels)
