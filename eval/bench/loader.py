@@ -102,7 +102,14 @@ class Loader:
         return values
 
     def close(self) -> None:
-        self._signal(signal.SIGKILL)
+        """End it, in good order where it can: shared memory would outlive it."""
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self._signal(signal.SIGCONT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=20)
+        self._signal(signal.SIGKILL)  # workers that stayed behind, too
         self.process.wait()
 
     def _signal(self, number: signal.Signals) -> None:

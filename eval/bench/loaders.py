@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ class Preparation:
         return self.image(image), self.text(members["txt"])
 
 
-def ours(settings: Settings) -> Iterator[Any]:
+def ours(settings: Settings) -> Generator[Any, None, None]:
     import open_clip
 
     from mm.data.stream import Stream, StreamConfig
@@ -83,7 +83,7 @@ def ours(settings: Settings) -> Iterator[Any]:
         yield (batch["images"].float() - mean) / std, batch["input_ids"]  # as the encoder does it
 
 
-def open_clip_loader(settings: Settings) -> Iterator[Any]:
+def open_clip_loader(settings: Settings) -> Generator[Any, None, None]:
     """`open_clip_train.data.get_wds_dataset`."""
     from open_clip_train import data
 
@@ -101,10 +101,10 @@ def open_clip_loader(settings: Settings) -> Iterator[Any]:
     )
     prepare = Preparation()
     info = data.get_wds_dataset(args, prepare.image, is_train=True, tokenizer=prepare.tokenizer)
-    return iter(info.dataloader)
+    yield from info.dataloader
 
 
-def webdataset(settings: Settings) -> Iterator[Any]:
+def webdataset(settings: Settings) -> Generator[Any, None, None]:
     """The pipeline of webdataset's README."""
     import webdataset as wds
 
@@ -117,10 +117,10 @@ def webdataset(settings: Settings) -> Iterator[Any]:
         .map_tuple(prepare.image, prepare.text)
         .batched(settings.batch)
     )
-    return iter(wds.WebLoader(dataset, batch_size=None, num_workers=settings.workers))
+    yield from wds.WebLoader(dataset, batch_size=None, num_workers=settings.workers)
 
 
-def streaming(settings: Settings) -> Iterator[Any]:
+def streaming(settings: Settings) -> Generator[Any, None, None]:
     """`StreamingDataset` over MDS shards, which hold the same bytes."""
     from streaming import MDSWriter, Stream, StreamingDataset
     from torch.utils.data import DataLoader
@@ -138,10 +138,10 @@ def streaming(settings: Settings) -> Iterator[Any]:
 
     streams = [Stream(local=str(folder), repeat=ENDLESS)]
     dataset = Pairs(streams=streams, shuffle=True, batch_size=settings.batch)
-    return iter(DataLoader(dataset, batch_size=settings.batch, num_workers=settings.workers))
+    yield from DataLoader(dataset, batch_size=settings.batch, num_workers=settings.workers)
 
 
-def litdata(settings: Settings) -> Iterator[Any]:
+def litdata(settings: Settings) -> Generator[Any, None, None]:
     """`litdata.StreamingDataset` over chunks of 64 MB, which hold the same bytes."""
     import litdata as ld
 
@@ -155,7 +155,7 @@ def litdata(settings: Settings) -> Iterator[Any]:
         yield from loader
 
 
-def energon(settings: Settings) -> Iterator[Any]:
+def energon(settings: Settings) -> Generator[Any, None, None]:
     """A task encoder over `CaptioningSample`s of the same tars."""
     import megatron.energon as en
 
@@ -191,7 +191,7 @@ def energon(settings: Settings) -> Iterator[Any]:
         yield batch.image, batch.caption
 
 
-LOADERS: dict[str, Callable[[Settings], Iterator[Any]]] = {
+LOADERS: dict[str, Callable[[Settings], Generator[Any, None, None]]] = {
     "ours": ours,
     "open_clip": open_clip_loader,
     "webdataset": webdataset,
@@ -249,8 +249,7 @@ def main(name: str, settings: Settings) -> None:
             wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
             answer = {"wall": wall, "cpu": cpu, "samples": samples}
         print(json.dumps(answer), file=answers, flush=True)
-    answers.close()
-    os._exit(0)  # workers end with their parent's pipes; some loaders hang when they are taken down
+    loader.close()
 
 
 if __name__ == "__main__":
