@@ -360,7 +360,8 @@ class _Filter:
             copies, kept = self._instead
             other = int(kept[np.searchsorted(copies, position)])
             apart = int(np.bitwise_count(features.hashes[position] ^ features.hashes[other]))
-            detail = f"kept {self._shards.paths[features.shard_of(other)]} {features.key(other)}, {apart} bits apart"
+            shard = self._shards.paths[features.shard_of(other)]
+            detail = f"{apart} bits from {features.key(other)}, which stays, in {shard}"
         elif outcome == BALANCE:
             names = [self._concepts[i] for i in record["concepts"]]
             detail = "not drawn for " + ", ".join(names[:5]) if names else "no concept in its caption"

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mm.data.curation.wording import readable
 from mm.errors import UserError
 from mm.files import write_atomically
 
@@ -83,7 +84,7 @@ def read_report(out: Path) -> dict[str, Any] | None:
 
 def show(report: Mapping[str, Any], out: Path) -> None:
     """Print what was removed, with examples, and what came out."""
-    console = Console()
+    console = Console(markup=False, highlight=False)
     if not console.is_terminal:  # a file or a pipe has no width to keep to
         console.width = 160
     before, after = report["before"]["samples"], report["after"]["samples"]
@@ -91,13 +92,14 @@ def show(report: Mapping[str, Any], out: Path) -> None:
         grid = Table("rule", box=None)
         for title in ("removed", "share"):
             grid.add_column(title, justify="right")
-        grid.add_column("for example", no_wrap=True, overflow="ellipsis")
+        grid.add_column("for example")
+        room = max(20, console.width - max(map(len, report["removed"])) - 24)  # in one line each
         for rule, count in report["removed"].items():
             share = "" if rule == "unreadable shard" else f"{count / before:.2%}"
             first, *others = report["examples"][rule]
-            grid.add_row(rule, f"{count:,}", share, Text(first))
+            grid.add_row(rule, f"{count:,}", share, readable(first, room))
             for other in others:
-                grid.add_row("", "", "", Text(other))
+                grid.add_row("", "", "", readable(other, room))
         console.print(grid)
     for name in ("near_duplicates", "similarity", "balance"):
         if name in report:
