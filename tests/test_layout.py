@@ -12,8 +12,8 @@ from tests.test_order import orders
 
 def test_lanes_divide_the_batch() -> None:
     assert choose_lanes(4096, 256, 10**6) == 256
-    assert choose_lanes(64, 256, 10**6) == 16
-    assert choose_lanes(48, 256, 10**6) == 12
+    assert choose_lanes(64, 256, 10**6) == 32
+    assert choose_lanes(48, 256, 10**6) == 24
     assert choose_lanes(4096, 256, 100) == 32
     assert choose_lanes(3, 256, 10) == 1 and choose_lanes(64, 256, 1) == 1
     assert choose_lanes(97 * 4, 96, 10**6) == 4

@@ -30,9 +30,10 @@ def check_shares(global_batch: int, ranks: int, micro_batches: int = 1) -> None:
 
 
 def choose_lanes(global_batch: int, most: int, samples: int | None) -> int:
-    """S: the largest divisor of the global batch that is at most `most` and leaves each lane four slots of a
-    batch and two samples of the set. It does not depend on the ranks."""
-    limit = max(1, min(most, global_batch // 4, most if samples is None else samples // 2))
+    """S: the largest divisor of the global batch that is at most `most` and leaves each lane two slots of a
+    batch (with one, two samples of a shard would hardly ever meet) and two samples of the set. It does not
+    depend on the ranks."""
+    limit = max(1, min(most, global_batch // 2, most if samples is None else samples // 2))
     return next(lanes for lanes in range(limit, 0, -1) if global_batch % lanes == 0)
 
 
@@ -44,8 +45,8 @@ def share_lanes(weights: Mapping[str, float], lanes: int) -> dict[str, int]:
     """
     if lanes < len(weights):
         raise UserError(
-            f"{len(weights)} data sets need as many lanes, and this batch has {lanes}; use a larger batch (four "
-            "times the data sets, at least) or data.lanes, or fewer data sets"
+            f"{len(weights)} data sets need as many lanes, and this batch has {lanes}; use a larger batch (twice "
+            "the data sets, at least) or data.lanes, or fewer data sets"
         )
     total = sum(weights.values())
     exact = {name: weight / total * lanes for name, weight in weights.items()}

@@ -33,7 +33,7 @@ class StreamConfig(Config):
     """Draw shards with replacement, and this many samples of each draw: for shards that nobody has counted
     (no sizes.json). null: every sample once an epoch."""
     lanes: int = Field(256, ge=1)
-    """Most places of the set that a batch is drawn from; divides the global batch, at most a fourth of it."""
+    """Most places of the set that a batch is drawn from; divides the global batch, at most half of it."""
     block: int = Field(160, ge=1)
     """Neighbours in a lane that are shuffled among each other, in samples."""
     workers: int = Field(2, ge=0)
