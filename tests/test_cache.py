@@ -151,8 +151,7 @@ def test_a_killed_process_leaves_a_cache_that_works(
     for start in range(3):
         server.plan[f"shard-{start:06d}.tar"] = [f"stall:{1000 * start}", "ok"]
         child = forked(lambda start=start: Cache(config).open(url_of(server, start)))
-        until(lambda: config.cache.is_dir() and list(config.cache.glob("*.partial")))
-        time.sleep(0.05)
+        until(lambda: any(path.stat().st_size for path in config.cache.glob("*.partial")))
         stop(child)
         assert names(config.cache) == [f"shard-{i:06d}.tar" for i in range(start)][-1:]
         assert read_all(ShardSet(url_of(server, start), config)) == samples[3 * start : 3 * start + 3]
@@ -160,8 +159,7 @@ def test_a_killed_process_leaves_a_cache_that_works(
     # one that nobody asks for again goes when its room is needed
     server.plan["shard-000005.tar"] = ["stall:1000"]
     child = forked(lambda: Cache(config).open(url_of(server, 5)))
-    until(lambda: list(config.cache.glob("*.partial")))
-    time.sleep(0.05)
+    until(lambda: any(path.stat().st_size for path in config.cache.glob("*.partial")))
     stop(child)
     os.utime(next(config.cache.glob("*.partial")), (0, 0))
     assert read_all(ShardSet([url_of(server, i) for i in (6, 7)], config)) == samples[18:24]
