@@ -23,8 +23,8 @@ def test_the_plan_of_a_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
     said = " ".join(capsys.readouterr().out.split())
     assert "can go on with any of 1, 2, 3, 4, 6, 8, 12, 16, 24" in said
-    assert "share of a batch 100.0%, 12 of 12 lanes" in said
-    assert "20 of 10 samples, 200 in all" in said and "3 at a time" in said
+    assert "share of a batch 100.0%, 24 of 24 lanes" in said
+    assert "20 of 10 samples, 200 in all" in said and "6 at a time" in said
     assert "a pass reads each sample once, 1.00x" in said
     # 1,000 samples/s of 3.6 kB (two tar headers, padding, the end of the tar) for an hour, and half a node
     assert "an hour 14.7 GB, 7.4 GB a node, 0.02 Gbit/s" in said
@@ -35,7 +35,7 @@ def test_a_plan_for_shards_elsewhere_counts_what_is_fetched(
 ) -> None:
     monkeypatch.setattr("mm.data.plan.is_remote", lambda path: True)
     options = [
-        "batch=32",
+        "batch=16",
         "ranks=2",
         "nodes=2",
         "samples_per_s=1000",

@@ -286,12 +286,12 @@ def test_shards_without_sizes_are_indexed(tmp_path: Path, folder: Path) -> None:
 def test_too_few_shards_are_remarked(folder: Path) -> None:
     remarks = open_stream(folder, workers=2, world_size=4).warnings
     assert len(remarks) == 1
-    assert "7 shards for 8 readers (4 ranks x 2 workers): an epoch opens shards 36 times" in remarks[0]
+    assert "7 shards for 8 readers (4 ranks x 2 workers): an epoch opens shards 32 times" in remarks[0]
 
 
 def test_identity_tells_streams_apart(folder: Path, tmp_path: Path) -> None:
     first = open_stream(folder)
-    assert first.identity["samples"] == 61 and first.identity["lanes"] == 3
+    assert first.identity["samples"] == 61 and first.identity["lanes"] == 6
     assert open_stream(folder, workers=3, world_size=2, rank=1, start=24).identity == first.identity
     others = [
         open_stream(folder, seed=4), open_stream(folder, block=8), open_stream(folder, global_batch=24),
@@ -359,7 +359,7 @@ def test_any_ranks_that_divide_the_batch_work(folder: Path) -> None:
 def test_what_is_read_is_told(folder: Path) -> None:
     lines = open_stream(folder, world_size=2).describe(183)
     assert lines[0] == "61 samples, 3.0 passes"
-    assert lines[1] == "  3 lanes in 7 shards, 2 of them on a rank: each sample is read once (1.00x)"
+    assert lines[1] == "  6 lanes in 7 shards, 3 of them on a rank: each sample is read once (1.00x)"
 
 
 def mixture(parts: dict[str, dict[str, Any]], **options: Any) -> Stream:
@@ -383,7 +383,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_mixture_keeps_its_weights_and_covers_each_set(folder: Path, other: Path) -> None:
     parts = {"a": {"shards": str(folder), "weight": 1}, "b": {"shards": str(other), "weight": 2}}
     stream = mixture(parts, stop=24 * 40)
-    assert {part.name: part.order.lanes for part in stream.parts} == {"a": 2, "b": 4}
+    assert {part.name: part.order.lanes for part in stream.parts} == {"a": 4, "b": 8}
     counts = Counter[int]()
     for batch in stream:
         keys = [key for key, _, _ in records(batch)]
@@ -408,7 +408,7 @@ def test_a_mixture_keeps_its_weights_and_covers_each_set(folder: Path, other: Pa
 
 def test_a_mixture_without_weights_goes_by_samples(folder: Path, other: Path) -> None:
     stream = mixture({"a": {"shards": str(folder)}, "b": {"shards": str(other)}})
-    assert [part.order.lanes for part in stream.parts] == [4, 2]
+    assert [part.order.lanes for part in stream.parts] == [9, 3]
     assert stream.identity["mixture"]["b"]["samples"] == 23
 
 
@@ -456,9 +456,9 @@ def test_resampling_needs_no_sizes_and_is_the_same_for_any_grid(folder: Path, tm
     assert batches(start=12 * 20) == expected[20:]
     keys = [key for batch in expected for key, _, _ in batch]
     assert len(set(keys)) == 61  # all come up
-    # a draw gives its quota, all different, of one shard: lane 0 of 3 has every batch's first four
-    for batch in expected[:20]:
-        lane = [key for key, _, _ in batch[:4]]
+    # a draw gives its quota, all different, of one shard: lane 0 of 6 has every batch's first two
+    for first, second in zip(expected[::2], expected[1::2], strict=True):
+        lane = [key for key, _, _ in first[:2] + second[:2]]
         assert len(set(lane)) == 4 and len({key // 9 for key in lane}) == 1
 
 
