@@ -18,12 +18,13 @@ from mm.data.decode import FORMATS
 from mm.data.transforms import WHITE, composite
 
 _ADDRESS = re.compile(
-    r"(?:https?|ftp)://|\bwww\.\w|\b[\w-]{2,40}\.(?:com|org|net|info|biz|de|fr|co\.uk|ru|io)\b(?!\.\w)|\S@\w+\.\w",
+    r"(?:https?|ftp)://|\bwww\.\w|\b[\w-]{2,40}\.(?:com|org|net|info|biz|de|fr|co\.uk|ru|io)\b(?!\.\w)"
+    r"|[\w.+-]{1,64}@[\w-]{1,64}\.\w{2,}",
     re.IGNORECASE,
 )
 _MARKUP = re.compile(r"</?[a-z!][^<>]{0,200}>|&(?:[a-z]{2,8}|#x?[0-9a-f]+);|\{\{|\[/?[a-z]+\]", re.IGNORECASE)
 _FILE = re.compile(
-    r"\w\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|heic|pdf|mp4|psd|html?)\b|\b(?:IMG|DSCN?|DSCF|DCIM|PICT)[-_]?\d{2,}",
+    r"[\w-]{1,64}\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|heic|pdf|mp4|psd|html?)\b|\b(?:IMG|DSCN?|DSCF|DCIM|PICT)[-_]?\d{2,}",
     re.IGNORECASE,
 )
 Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
