@@ -29,7 +29,6 @@ import torch
 from safetensors.torch import save_file
 
 from mm import config as configs
-from mm.checkpoint import _digest, latest
 from mm.data import index as index_module
 from mm.data.catalog import index_shards
 from mm.data.decode import BadSample, captions
@@ -721,6 +720,8 @@ def test_a_description_cannot_ask_for_code(trap: Trap, model: Path, monkeypatch:
 
 
 def test_a_checkpoint_does_not_name_files_elsewhere(trap: Trap) -> None:
+    from mm.checkpoint import _digest, latest  # not above: it brings deepspeed, and children import this file
+
     folder = trap.data / "checkpoints" / "step_00000001"
     folder.mkdir(parents=True)
     (trap.data / "outside.safetensors").write_bytes(pickles(trap.payload())["pth"])
