@@ -134,8 +134,10 @@ class Keyed:
 
 def open_stream(folder: Path | str, workers: int = 0, **options: Any) -> Stream:
     preparation = options.pop("preparation", None) or Keyed()
-    config = StreamConfig(shards=str(folder), workers=workers, block=options.pop("block", 160), max_bad=1.0)
     given: dict[str, Any] = {"global_batch": 8, "seed": 3, "rank": 0, "world_size": 1} | options
+    # few lanes: a set as small as these needs blocks that hold more than what is damaged
+    lanes = max(1, given["global_batch"] // 4)
+    config = StreamConfig(shards=str(folder), workers=workers, lanes=lanes, max_bad=1.0)
     return Stream(config, preparation, preparation.collate, **given)
 
 
