@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mm.data.decode import BadSample, image
 from mm.data.shards import Sample
@@ -62,21 +61,3 @@ def test_what_cannot_be_used_is_a_bad_sample() -> None:
     for bad in (broken, Sample("a", "s.tar", {"txt": b"a"}), sample(0, " ")):
         with pytest.raises(BadSample):
             prepare(bad, random.Random(0))
-
-
-class Collated(torch.utils.data.IterableDataset):
-    def __init__(self, prepare: PairPreparation) -> None:
-        self.prepare = prepare
-
-    def __iter__(self):
-        batch = self.prepare.collate([self.prepare(sample(i), random.Random(i)) for i in range(5)])
-        # what a worker hands over lies in shared memory from the start: no second copy
-        yield batch | {"shared": torch.tensor(batch["images"].is_shared())}
-
-
-def test_batches_of_a_worker_are_written_into_shared_memory() -> None:
-    dataset = Collated(PairPreparation(TRANSFORM, Letters()))
-    (here,), (there,) = (list(DataLoader(dataset, batch_size=None, num_workers=n)) for n in (0, 1))
-    assert there.pop("shared") and not here.pop("shared")
-    assert here["images"].shape == (5, 3, 16, 16) and here["images"].dtype == torch.uint8
-    assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)

@@ -33,7 +33,7 @@ def test_the_plan_of_a_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_plan_for_shards_elsewhere_counts_what_is_fetched(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mm.data.plan.is_remote", lambda path: True)
+    monkeypatch.setattr("mm.data.shards.is_remote", lambda path: True)
     options = [
         "batch=16",
         "ranks=2",

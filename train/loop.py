@@ -12,7 +12,6 @@ from mm import checkpoint, distributed
 from mm.checkpoint import TrainState
 from mm.config import Config
 from mm.data.ledger import Ledger
-from mm.data.reader import worker_failures
 from mm.data.stream import Stream, StreamBatch
 from mm.engine import Engine, StepResult
 from mm.errors import UserError
@@ -104,10 +103,9 @@ class Loop:
 
     def __call__(self) -> None:
         """Train to the end."""
-        with worker_failures():
-            batches = iter(self.stream)
-            while self.state.step < self.schedule.steps:
-                self._step(batches)
+        batches = iter(self.stream)
+        while self.state.step < self.schedule.steps:
+            self._step(batches)
 
     def _step(self, batches: Iterator[StreamBatch]) -> None:
         asked = time.perf_counter()

@@ -94,7 +94,9 @@ class Order:
         """
         sizes = np.asarray(sizes)
         # narrow, for a set may have a million shards and each worker holds this
-        self.sizes: NDArray[np.signedinteger] = sizes.astype(np.int32 if sizes.max(initial=0) < 2**31 else np.int64)
+        self.sizes: NDArray[np.signedinteger] = sizes.astype(
+            np.int32 if sizes.max(initial=0) < 2**31 else np.int64
+        )
         self.samples = int(sizes.sum(dtype=np.int64))
         assert 1 <= lanes <= self.samples and block >= 1
         self.seed, self.lanes, self.block = seed, lanes, block

@@ -17,7 +17,7 @@ from mm.data.index import index_path
 from mm.data.order import Order, mix
 from mm.data.remote import RemoteConfig, is_remote
 from mm.data.shards import ShardSet
-from mm.errors import UserError
+from mm.errors import Failure, UserError
 
 _PART = 7  # what a key of `mix` is for; `order` and `draws` use 1 to 6
 
@@ -136,7 +136,8 @@ def identity(parts: Sequence[Part]) -> dict[str, Any]:
 def find_catalog(part: PartConfig, remote: RemoteConfig) -> tuple[Catalog, list[str]]:
     """The shards of a data set with their sizes, from `sizes.json` or else by indexing on rank 0, and remarks.
 
-    The same on all ranks; so is the UserError for shards that are missing or damaged.
+    The same on all ranks; so is the UserError for shards that are missing or damaged, and the Failure where
+    they cannot be reached.
     """
     found: dict[str, Any] = {}
     catalog = None
@@ -148,10 +149,14 @@ def find_catalog(part: PartConfig, remote: RemoteConfig) -> tuple[Catalog, list[
                 found = {"paths": list(catalog.paths), "sizes": sizes}
             found["remarks"] = remarks
         except UserError as error:
-            found = {"error": str(error)}
+            found = {"mistake": str(error)}
+        except OSError as error:
+            found = {"failure": f"the shards of {part.shards} cannot be listed: {error}"}
     found = distributed.broadcast_object(found)
-    if "error" in found:
-        raise UserError(found["error"])
+    if "mistake" in found:
+        raise UserError(found["mistake"])
+    if "failure" in found:
+        raise Failure(found["failure"])
     if catalog is None:
         sizes = None if found["sizes"] is None else np.array(found["sizes"], dtype=np.int64)
         catalog = Catalog(ShardNames(found["paths"]), sizes)
@@ -163,18 +168,18 @@ def _find_catalog(part: PartConfig, remote: RemoteConfig) -> tuple[Catalog, list
     if catalog.sizes is not None or part.resample:
         return catalog, []
     folder = os.path.dirname(catalog.paths[0]) or "."
-    if is_remote(catalog.paths[0]):
+    if any(map(is_remote, catalog.paths)):
         raise UserError(
             f"{folder} has no sizes.json, so nobody knows how many samples its shards hold; run `mm data index` "
             "where they can be written and put sizes.json beside them, or draw with replacement: data.resample=1000"
         )
     try:
-        catalog = index_shards(part.shards)
+        catalog = index_shards(part.shards, remote=remote)
         return catalog, [
             f"{folder} had no sizes.json: {len(catalog)} shards were indexed, the index written beside them"
         ]
     except OSError as error:  # not ours to write
-        catalog = index_shards(part.shards, write=False)
+        catalog = index_shards(part.shards, write=False, remote=remote)
         return catalog, [
             f"{folder} has no sizes.json and cannot be written ({error.strerror}): {len(catalog)} shards were "
             "indexed in memory, and will be again by every run; run `mm data index` where it can be written"
@@ -191,7 +196,9 @@ def index_hash(part: Part) -> str:
     for i, path in enumerate(paths):
         folder, _, name = path.rpartition("/")
         size = "" if sizes is None else sizes[i]
-        digest.update(f"{relative[folder].removeprefix('./')}{name}\t{size}\n".encode(errors="surrogateescape"))
+        digest.update(
+            f"{relative[folder].removeprefix('./')}{name}\t{size}\n".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()
 
 

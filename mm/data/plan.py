@@ -11,7 +11,6 @@ from mm.data import layout
 from mm.data.layout import size_text
 from mm.data.order import Order
 from mm.data.parts import Part, open_parts
-from mm.data.remote import is_remote
 from mm.data.stream import StreamConfig
 from mm.log import message
 
@@ -105,7 +104,7 @@ def _bytes(
 ) -> dict[str, str]:
     assert part.samples is not None
     whole, more = part.samples * per_sample, 1.0
-    if is_remote(part.shards.paths[0]):
+    if part.shards.lie_elsewhere:
         more = reads.amplification
         figures = {
             "bytes": f"{size_text(whole)}; a pass fetches {size_text(whole * more)}, {more:.2f}x",
@@ -136,7 +135,7 @@ def _advice(part: Part, mixed: layout.Shuffle, per_sample: float | None, config:
             f"{name}samples of one shard meet {mixed.neighbours:.0f} times as often as they should: if the shards are "
             "sorted (by source, site, time), shuffle them when they are made, or use a larger batch or data.lanes"
         )
-    if per_sample is not None and is_remote(part.shards.paths[0]):
+    if per_sample is not None and part.shards.lie_elsewhere:
         needed = _cache(part, per_sample, config)
         if needed > config.remote.limit:
             found.append(
@@ -149,7 +148,7 @@ def _advice(part: Part, mixed: layout.Shuffle, per_sample: float | None, config:
 def _bytes_per_sample(part: Part) -> float | None:
     """From some of the local shards, spread evenly."""
     paths = part.shards.paths
-    if is_remote(paths[0]):
+    if part.shards.lie_elsewhere:
         return None
     some = np.unique(np.linspace(0, len(paths) - 1, SIZED).astype(np.int64))
     samples = int(part.shards.sizes[some].sum())

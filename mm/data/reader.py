@@ -1,24 +1,14 @@
-"""What runs in a worker of the stream: positions -> samples -> items -> micro-batches."""
+"""Positions -> samples -> items -> micro-batches: what the stream does, in its workers or without them."""
 
-import ctypes
 import itertools
-import multiprocessing.process
-import os
 import random
-import re
-import signal
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing import connection
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
+from torch.utils.data import IterableDataset, get_worker_info
 
 from mm.data.decode import BadSample
 from mm.data.draws import Draws
@@ -27,6 +17,7 @@ from mm.data.mixture import Mixture
 from mm.data.order import Place, mix
 from mm.data.remote import Unreachable
 from mm.data.shards import Sample, ShardSet
+from mm.data.workers import handed_over
 from mm.errors import Failure, UserError
 
 Prepare = Callable[[Sample, random.Random], Any]
@@ -77,7 +68,7 @@ class Reader(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        return self.batches(worker.id, worker.num_workers) if worker else self.batches(0, 1)
+        return map(handed_over, self.batches(*((worker.id, worker.num_workers) if worker else (0, 1))))
 
     def batches(self, number: int, workers: int) -> Iterator[Any]:
         """Every `workers`-th batch from batch `number` on, until one ends with `Ended`."""
@@ -204,124 +195,3 @@ class Reader(IterableDataset[Any]):
     def _wish(self, coming: deque[tuple[int, list[dict[int, None]]]]) -> None:
         for number, shards in enumerate(self.sets):
             shards.will_need(dict.fromkeys(shard for _, found in coming for shard in found[number]))
-
-
-def start_worker(parent: int) -> Callable[[int], None]:
-    """What a worker does first: it leaves Ctrl-C to the process that trains, and dies with it."""
-
-    def start(_: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if sys.platform == "linux":
-            set_parent_death_signal = 1
-            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-            if os.getppid() != parent:  # it died before
-                os._exit(1)
-            # torch hands tensors over through a socket: without a file in /tmp, which a SIGKILL would leave there
-            numbers = itertools.count()
-            nameless = lambda family: f"\0mm-{os.getpid()}-{next(numbers)}"  # noqa: E731
-            connection.arbitrary_address = nameless  # type: ignore[attr-defined]
-
-    return start
-
-
-def take(loader: DataLoader[Any], timeout: float) -> Iterator[Any]:
-    """What a loader gives. A worker that died is told of here, where the process waits for it, and nowhere else: by
-    itself torch raises in a signal handler, in whatever the process does just then, such as saving a checkpoint.
-
-    Raises:
-        Failure: a worker died, or gave no batch for `timeout` seconds.
-    """
-    before = set(multiprocessing.active_children())
-    results = iter(loader)
-    watch = _Watch([child for child in multiprocessing.active_children() if child not in before], timeout)
-    in_main = threading.current_thread() is threading.main_thread()
-    try:
-        while True:
-            watch.since = time.monotonic()
-            with worker_failures():
-                try:
-                    if in_main:
-                        signal.signal(signal.SIGCHLD, lambda *_: watch.check())
-                    watch.check()
-                    result = next(results)
-                except StopIteration:
-                    return
-                except (OSError, EOFError, RuntimeError) as error:
-                    if not isinstance(error, RuntimeError):  # a batch that was on the way
-                        time.sleep(1)  # the end of its worker may come a moment later
-                    watch.check()
-                    raise
-                finally:
-                    if in_main:
-                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            watch.since = None
-            yield result
-    finally:
-        watch.over.set()
-
-
-class _Watch:
-    """Kills workers that were waited for too long. torch has a time limit of its own, but waits for ever for a worker
-    that was stopped while it handed a batch over."""
-
-    def __init__(self, workers: list[multiprocessing.process.BaseProcess], seconds: float):
-        self.workers, self.seconds = workers, seconds
-        self.since: float | None = None
-        self.late = False
-        self.over = threading.Event()
-        if workers:
-            threading.Thread(target=self._look, daemon=True).start()
-
-    def check(self) -> None:
-        """RuntimeError, as torch words it, where a worker is late or dead."""
-        if self.late:
-            raise RuntimeError(f"DataLoader timed out after {self.seconds} seconds")
-        _error_if_any_worker_fails()
-
-    def _look(self) -> None:
-        while not self.over.wait(1):
-            since = self.since
-            if since is not None and time.monotonic() - since > self.seconds + 1:
-                self.late = True
-                for worker in self.workers:
-                    worker.kill()
-                return
-
-
-@contextmanager
-def worker_failures() -> Iterator[None]:
-    """Says what it means when torch finds that a worker is gone or stuck.
-
-    Raises:
-        Failure: a worker died, or gave no batch in time.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        said = " ".join(str(error).split())
-        if said.startswith("DataLoader"):
-            _kill_workers()
-        if said.startswith("DataLoader timed out"):
-            raise Failure(
-                f"no batch from the data workers in {said.split()[4]} s (data.timeout): a disk or a network that does "
-                "not answer, or a process that was stopped. Start the run again: it goes on from its last checkpoint"
-            ) from None
-        if said.startswith("DataLoader worker"):
-            how = (
-                re.sub(r"DataLoader worker \(pid.* [\d, ]+\) (is )?", "", said)
-                .partition(". ")[0]
-                .rstrip(". ")
-            )
-            raise Failure(
-                f"a data worker died ({how}). Most often memory ran out (see dmesg; lower data.workers, data.prefetch "
-                "or the batch), or /dev/shm is too small (docker: --shm-size). Start the run again: it goes on from its "
-                "last checkpoint"
-            ) from None
-        raise
-
-
-def _kill_workers() -> None:
-    """One that is stuck or stopped hears no other signal: torch would wait 10 s for it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it need not be told of each
-    for child in multiprocessing.active_children():
-        child.kill()

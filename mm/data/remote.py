@@ -56,7 +56,7 @@ class RemoteConfig(Config):
     """Folder for fetched shards, on a local disk; shared by all processes of a node. $MM_CACHE by default."""
     size: int | str = "100GB"
     """Most bytes that the folder holds, files being fetched among them: `500MB`, `2TB`, a number of bytes."""
-    ahead: int = Field(8, ge=0)
+    ahead: int = Field(32, ge=0)
     """Batches ahead of the present one whose shards are fetched in the background."""
     downloads: int = Field(4, ge=1)
     """Shards that a process fetches at a time in the background."""

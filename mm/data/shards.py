@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -64,18 +65,27 @@ class ShardSet:
             shards = found if found.sizes is not None else index_shards(shards, write=False, remote=remote)
         self.paths = shards.paths
         self._sizes = shards.sizes
-        self._ends = np.cumsum(np.zeros(0, np.int64) if shards.sizes is None else shards.sizes)
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._open_shards = open_shards
         self._cache = Cache(remote or RemoteConfig())
         self._prefetch: Prefetch | None = None
         self._pid = os.getpid()
 
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """Where the samples of each shard end in the list of all; for access by number."""
+        return np.cumsum(self.sizes)
+
     @property
     def sizes(self) -> NDArray[np.int64]:
         """Samples of each shard."""
         assert self._sizes is not None, "the shards have no sizes.json: use `count`"
         return self._sizes
+
+    @cached_property
+    def lie_elsewhere(self) -> bool:
+        """Whether some are behind URLs."""
+        return any(map(is_remote, self.paths))
 
     def count(self, shard: int) -> int:
         """Samples of a shard, which is opened to see."""
@@ -95,7 +105,7 @@ class ShardSet:
             self._prefetch.want(urls)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self.sizes) else 0
+        return int(self.sizes.sum())
 
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < len(self):

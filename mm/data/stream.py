@@ -1,7 +1,6 @@
 """Order + shards -> batches, read and prepared in worker processes; the whole state is one position."""
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,9 +16,9 @@ from mm.data import layout
 from mm.data.draws import Draws
 from mm.data.mixture import Mixture
 from mm.data.parts import PartConfig, identity, open_parts
-from mm.data.reader import Collate, Ended, Prepare, Reader, start_worker, take
-from mm.data.remote import RemoteConfig, is_remote
-from mm.log import message
+from mm.data.reader import Collate, Ended, Prepare, Reader
+from mm.data.remote import RemoteConfig
+from mm.data.workers import start_worker, take
 
 
 class StreamConfig(Config):
@@ -44,7 +43,7 @@ class StreamConfig(Config):
     """Seconds without a batch from the workers after which the run ends."""
     max_bad: float = Field(0.05, ge=0, le=1)
     """Share of samples that cannot be used above which the run ends, once 1,000 samples were seen."""
-    remote: RemoteConfig = RemoteConfig()
+    remote: RemoteConfig = Field(default_factory=RemoteConfig)
     """Shards behind URLs: cache, retries."""
 
     @model_validator(mode="after")
@@ -142,7 +141,7 @@ class Stream:
             rank=self.rank,
             ranks=self.world_size,
             micro_batches=micro_batches,
-            ahead=config.remote.ahead if any(is_remote(part.shards.paths[0]) for part in self.parts) else 0,
+            ahead=config.remote.ahead if any(part.shards.lie_elsewhere for part in self.parts) else 0,
         )
 
     def coverage(self, position: int) -> dict[str, dict[str, float]]:
@@ -167,7 +166,7 @@ class Stream:
             nodes = max(1, self.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
             reads = layout.reads(part.order, self.world_size, nodes)
             once = "each sample is read once (1.00x)"
-            if is_remote(part.shards.paths[0]):
+            if part.shards.lie_elsewhere:
                 once = f"a pass fetches {reads.amplification:.2f}x the bytes there are"
             lines.append(
                 f"  {part.order.lanes} lanes in {reads.shards:,} shards, {reads.at_once} of them on a rank: {once}"
@@ -192,19 +191,5 @@ class Stream:
             if isinstance(result, Ended):
                 raise result.kind(result.message)
             batch, bad = result
-            if position == self.start:
-                self._check_shared_memory(batch)
             position += self.global_batch
             yield StreamBatch(batch, position, bad)
-
-    def _check_shared_memory(self, batch: list[dict[str, Tensor]]) -> None:
-        if self.config.workers and os.path.isdir("/dev/shm"):
-            size = sum(tensor.nbytes for part in batch for tensor in part.values())
-            needed = size * self.config.workers * self.config.prefetch
-            free = shutil.disk_usage("/dev/shm").free
-            if needed > free:
-                message(
-                    f"warning: data.workers x data.prefetch batches of {layout.size_text(size)} may need "
-                    f"{layout.size_text(needed)} of shared memory, and /dev/shm has {layout.size_text(free)} free: "
-                    "a worker can die of that; lower data.prefetch, or give it more (docker: --shm-size)"
-                )

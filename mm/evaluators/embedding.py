@@ -23,7 +23,10 @@ from mm.config import Config
 from mm.data import decode
 from mm.data.shards import Sample, ShardSet
 from mm.data.transforms import EvalTransform
+from mm.data.workers import handed_over, start_worker, take
 from mm.errors import UserError
+
+TIMEOUT_S = 900.0  # for a batch of images from the workers
 
 if TYPE_CHECKING:
     from mm.models.two_tower import TwoTower
@@ -132,13 +135,14 @@ class Embedder:
             batch_size=None,
             sampler=own,
             num_workers=workers,
+            worker_init_fn=start_worker(os.getpid()),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the default one belongs to training
         )
         seen: dict[int, list[Facts]] = {}
 
         def rows() -> Iterator[Tensor]:
-            for j, (images, facts) in zip(own, loader, strict=True):
+            for j, (images, facts) in zip(own, take(loader, TIMEOUT_S), strict=True):
                 seen[j] = facts
                 yield self.model(images=images.to(distributed.device(), non_blocking=True)).image
 
@@ -198,7 +202,7 @@ class _Batches(Dataset[tuple[Tensor, list[Facts]]]):
 
     def __getitem__(self, j: int) -> tuple[Tensor, list[Facts]]:
         pairs = [self._one(i) for i in self.indices[j * self.batch : (j + 1) * self.batch]]
-        return torch.stack([image for image, _ in pairs]), [facts for _, facts in pairs]
+        return handed_over((torch.stack([image for image, _ in pairs]), [facts for _, facts in pairs]))
 
     def _one(self, index: int) -> tuple[Tensor, Facts]:
         facts = Facts(index=index, key="", image_id="", label=-1, captions=[], problems={})

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from mm import losses
 from mm.config import Config
@@ -78,7 +77,7 @@ class PairPreparation:
         """Items -> images (B, 3, S, S) uint8, input_ids and mask (B, L), image_ids and text_ids (B,)."""
         input_ids, mask = self.tokenizer.pad([item.ids for item in items])
         return {
-            "images": default_collate([item.image for item in items]),  # in a worker: into shared memory
+            "images": torch.stack([item.image for item in items]),
             "input_ids": input_ids,
             "mask": mask,
             "image_ids": torch.tensor([item.image_id for item in items]),
