@@ -379,7 +379,7 @@ def test_damaged_shards_never_crash_hang_or_move_others(tmp_path: Path) -> None:
 
 
 def test_damaged_images_never_crash_or_take_much_memory() -> None:
-    count = scale(short=2500, long=60_000)
+    count = scale(short=1200, long=60_000)
 
     def run(seed: int) -> Any:
         arguments = ("-m", "tests.damaged", "images", str(seed), str(count))
