@@ -405,7 +405,7 @@ def test_what_is_no_file_is_not_waited_for(trap: Trap) -> None:
         "import os, sys\nfrom mm.errors import UserError\nfrom tests.damaged import open_stream\n"
         "for _ in range(2):\n    try:\n        list(open_stream(sys.argv[1], stop=4))\n"
         "    except (UserError, OSError) as error:\n        print(error)\n"
-        "    os.unlink(sys.argv[1] + '/sizes.json')\n"
+        "    os.path.exists(path := sys.argv[1] + '/sizes.json') and os.unlink(path)\n"
     )
     os.mkfifo(trap.data / "b.tar")
     (trap.data / "c.tar").symlink_to("/dev/zero")
