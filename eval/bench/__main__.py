@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from eval.bench import open_clip_parity, overhead, step_speed
+from eval.bench import coverage, decode_speed, loader, mixing, open_clip_parity, overhead, step_speed
 from eval.bench.measure import table
 from mm import program
 from mm.errors import UserError
@@ -23,6 +23,10 @@ def main(argv: list[str]) -> None:
     rows = open_clip_parity.measure(open_clip_parity.ParityConfig())
     rows += overhead.measure(overhead.OverheadConfig())
     rows += step_speed.measure(step_speed.StepConfig())
+    rows += decode_speed.measure(decode_speed.DecodeConfig())
+    rows += loader.measure(loader.LoaderConfig())
+    rows += coverage.measure(coverage.CoverageConfig())
+    rows += mixing.measure(mixing.MixingConfig())
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(table(rows))
 
