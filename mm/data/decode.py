@@ -192,6 +192,9 @@ def _pillow(data: bytes) -> Iterator[Image.Image]:
 
 def _with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """(H, W, 3), or (H, W, 4) with alpha."""
+    if data[8:16] == b"WEBPVP8X":  # Pillow allocates the canvas before it tells its size
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        _check_pixels(width, height, max_pixels)
     with _pillow(data) as opened:
         _check_pixels(*opened.size, max_pixels)
         ImageOps.exif_transpose(opened, in_place=True)
