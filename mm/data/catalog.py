@@ -21,10 +21,11 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mm.data.cache import Cache
 from mm.data.index import ShardIndex, index_path, index_text, open_regular
-from mm.data.remote import RemoteConfig, is_remote, join_url, list_shards, read_small, split_url
-from mm.data.transport import shown
+from mm.data.remote import RemoteConfig, is_remote, join_url, split_url
+from mm.data.remote.cache import Cache
+from mm.data.remote.fetch import list_shards, read_small
+from mm.data.remote.transport import shown
 from mm.errors import UserError
 from mm.files import write_atomically
 

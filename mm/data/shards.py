@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mm.data.cache import Cache
 from mm.data.catalog import Catalog, index_shards, read_catalog, run_index
 from mm.data.decode import BadSample
 from mm.data.index import BLOCK, DamagedIndex, ShardIndex, open_index, open_regular
-from mm.data.prefetch import Prefetch
 from mm.data.remote import RemoteConfig, is_remote
+from mm.data.remote.cache import Cache
+from mm.data.remote.prefetch import Prefetch
 from mm.errors import UserError
 
 LARGEST_SAMPLE = 2**30  # bytes of all members

@@ -23,8 +23,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mm.data.index import DamagedShard, ShardIndex, index_path, index_text, open_index
-from mm.data.remote import RemoteConfig, Unreachable, fetch, index_url, read_small, split_url
-from mm.data.transport import shown
+from mm.data.remote import RemoteConfig, Unreachable, index_url, split_url
+from mm.data.remote.fetch import fetch, read_small
+from mm.data.remote.transport import shown
 from mm.errors import UserError
 from mm.files import write_atomically
 

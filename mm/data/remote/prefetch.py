@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from mm.data.cache import Cache, Full
+from mm.data.remote.cache import Cache, Full
 from mm.errors import UserError
 
 
