@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mm.data import reader
+from mm.data import parts, reader
 from mm.data.decode import BadSample, captions, image, image_member
 from mm.data.index import ShardIndex, index_text
+from mm.data.remote import Unreachable
 from mm.data.shards import Sample
 from mm.data.stream import Stream, StreamBatch, StreamConfig
 from mm.data.transforms import AugmentConfig, TrainTransform
@@ -258,6 +259,15 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(10240))
     with pytest.raises(UserError, match=r"hold no samples, .*a\.tar"):
         open_stream(tmp_path)
+
+
+def test_shards_that_cannot_be_listed_are_no_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: Any) -> None:
+        raise Unreachable("http://h/sizes.json could not be fetched: timed out")
+
+    monkeypatch.setattr(parts, "read_catalog", silent)
+    with pytest.raises(Failure, match=r"the shards of http://h cannot be listed: .* timed out"):
+        open_stream("http://h")
 
 
 def test_a_shard_that_vanishes_later_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,8 @@ def open_parts(
     for number, (name, config) in enumerate(configs.items()):
         # sets of equal sizes would be read in step otherwise
         own_seed = int(mix(seed, _PART, number)) >> 1 if number else seed
-        shards = ShardSet(catalogs[name], remote)
+        # a shard a lane, and some for those that lie across two; each takes two of a process's 1,024 files
+        shards = ShardSet(catalogs[name], remote, open_shards=min(256, shares[name] + 32))
         if config.resample:
             parts.append(
                 Part(name, shards, Draws(len(shards.paths), own_seed, shares[name], config.resample))
