@@ -45,7 +45,7 @@ def test_use_counts_stay_together(order: Order) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(orders(), st.integers(0, 10**12))
-def test_replacements_are_the_rest_of_the_block(order: Order, g: int) -> None:
+def test_replacements_are_the_rest_of_the_block_and_then_others(order: Order, g: int) -> None:
     found = []
     while (other := order.replacement(g, len(found))) is not None:
         found.append(other)
@@ -58,7 +58,11 @@ def test_replacements_are_the_rest_of_the_block(order: Order, g: int) -> None:
     (itself,) = {
         Place(*place) for place in zip(*(part.tolist() for part in order.locate(np.array([g]))), strict=True)
     }
-    assert len(found) == len(set(found)) and set(found) == whole - {itself}
+    near, far = found[: len(whole) - 1], found[len(whole) - 1 :]
+    assert len(near) == len(set(near)) and set(near) == whole - {itself}
+    # when all of them are bad too, some from anywhere in the epoch
+    assert len(far) == max(0, min(64, order.samples - len(whole)))
+    assert len(far) == len(set(far)) and all(place.epoch == epoch for place in far)
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mm.data.shards import Sample
 
-MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
+MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded (Pillow needs up to six times that for a WebP meanwhile)
 SCAN, MOST_SCANS = (
     b"\xff\xda",
     200,

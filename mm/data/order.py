@@ -22,6 +22,7 @@ _ROUNDS = 8  # with 4, small blocks were visibly uneven
 _SHARDS, _BLOCKS, _ITEMS, _REPLACE = range(
     1, 5
 )  # what a key is for; the stream draws with 0, `draws` with 5, 6
+_FAR = 64  # samples from elsewhere tried in place of one whose whole block cannot be used
 _CHUNK = 2**16  # shards whose keys are hashed at a time
 
 
@@ -138,17 +139,22 @@ class Order:
     def replacement(self, g: int, attempt: int) -> Place | None:
         """Another sample of g's block, for one that cannot be used; a different one for each attempt.
 
-        Attempts count from 0. None when the block has been gone through.
+        Attempts count from 0. Once the block has been gone through, some from anywhere; then None.
         """
         position = np.array([g], dtype=np.int64)
         lane, item = self.slots(position)
         start, size, _ = self._block(lane, item)
         others = int(size[0]) - 1
-        if attempt >= others:
+        epoch = g // self.samples * self.samples
+        key = mix(self.seed, _REPLACE, g)
+        if attempt < others:
+            offset = (int(item[0] - start[0]) + 1 + (int(key) % others + attempt) % others) % int(size[0])
+            other = epoch + (int(start[0]) + offset) * self.lanes + int(lane[0])
+        elif attempt < min(others + _FAR, self.samples - 1):
+            far = permute(np.array([attempt - others]), np.array([self.samples]), key[None])
+            other = epoch + int(far[0])
+        else:
             return None
-        first = int(mix(self.seed, _REPLACE, g)) % others
-        offset = (int(item[0] - start[0]) + 1 + (first + attempt) % others) % int(size[0])
-        other = g // self.samples * self.samples + (int(start[0]) + offset) * self.lanes + int(lane[0])
         return Place(*(int(part[0]) for part in self.locate(np.array([other]))))
 
     def slots(self, g: Ints) -> tuple[Ints, Ints]:
