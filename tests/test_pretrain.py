@@ -24,6 +24,7 @@ from mm.data.writer import ShardWriter
 from mm.errors import UserError
 from mm.evaluators import FIGURES
 from tests.dist import alone
+from tests.shard_server import serving
 from train import pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -192,6 +193,35 @@ def test_two_ranks_under_torchrun_learn_the_same_and_one_rank_goes_on(tiny, tmp_
     assert "goes on from step" in output
     mixed = losses(run)
     assert max(abs(one[step] - mixed[step]) for step in one) < 1e-5
+
+
+def test_a_mixture_with_shards_behind_a_url_goes_on_exactly(tiny, data, tmp_path):
+    with serving(data / "train") as server:
+        options = [
+            *[option for option in tiny if not option.startswith(("data.shards", "sets.", "evaluate"))],
+            f"data.mixture={{near: {{shards: {data}/train, weight: 1}}, far: {{shards: {server.url}, weight: 3}}}}",
+            f"data.remote.cache={tmp_path / 'cache'}",
+            "data.shards=null",
+            "evaluate.every=null",
+            "sets={}",
+            "report.gallery=null",
+        ]
+        output = finish(program(*options, f"out={tmp_path / 'a'}"))
+        assert "near: 25.0% of every batch" in output and "far: 75.0% of every batch" in output
+        samples = json.loads((data / "train" / "sizes.json").read_text()).values()
+        (end,) = events(tmp_path / "a", "end")
+        assert end["coverage"]["near"] == {"samples": 96, "epochs": 96 / sum(samples)}
+        assert end["coverage"]["far"] == {"samples": 288, "epochs": 288 / sum(samples)}
+        # in the cache once, however many readers and passes
+        assert set(server.count().values()) == {1}
+        for later in sorted((tmp_path / "a/checkpoints").glob("step_*"))[1:]:
+            shutil.rmtree(later)
+        before = losses(tmp_path / "a")
+        finish(program(*options, f"out={tmp_path / 'a'}", "data.workers=2"))
+        assert losses(tmp_path / "a") == before
+    other = [option.replace("weight: 3", "weight: 1") for option in options]
+    with pytest.raises(UserError, match=r"data\.mixture\.far\.weight: 3\.0 -> 1\.0"):
+        pretrain.main([*other, f"out={tmp_path / 'a'}"])
 
 
 def test_a_changed_config_is_refused_with_the_differences(whole, tiny):
