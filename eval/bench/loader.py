@@ -47,7 +47,7 @@ class LoaderConfig(Config):
     warmup: int = 8
     """Batches before the first turn."""
     buffer: int = 5000
-    """Samples in a worker's shuffle buffer, for open_clip (whose default it is), webdataset and energon."""
+    """Samples in a worker's shuffle buffer, for open_clip (whose default it is) and webdataset."""
     memory: bool = True
     """Fill the buffers after the turns, and measure."""
     folder: Path = Path("build/bench/loader")
@@ -215,7 +215,9 @@ def measure(config: LoaderConfig) -> list[Row]:
         figures, failures = run(config, workers)
         if config.loaders[0] not in figures:
             raise RuntimeError(failures[config.loaders[0]])
-        result += rows(config, workers, figures, failures)
+        found = rows(config, workers, figures, failures)
+        print(table(found), flush=True)  # the next ones take minutes
+        result += found
     return result
 
 

@@ -26,6 +26,8 @@ SIZE = 224
 ENDLESS = 1000
 """Epochs that a list of shards is repeated for, where a loader ends otherwise."""
 
+ENERGON_BUFFER = 200  # it shuffles decoded pixels: 5,000 samples of them took 9 GB a worker
+
 
 class Settings(NamedTuple):
     """What each loader is told."""
@@ -183,7 +185,7 @@ def energon(settings: Settings) -> Generator[Any, None, None]:
         str(folder),
         task_encoder=Pairs(),
         batch_size=settings.batch,
-        shuffle_buffer_size=settings.buffer,
+        shuffle_buffer_size=min(settings.buffer, ENERGON_BUFFER),
         max_samples_per_sequence=None,
         worker_config=en.WorkerConfig(rank=0, world_size=1, num_workers=settings.workers),
     )
