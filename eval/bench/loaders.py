@@ -78,11 +78,12 @@ def ours(settings: Settings) -> Generator[Any, None, None]:
     preparation: Any = PairPreparation(TrainTransform(SIZE, AugmentConfig()), tokenizer)
     config = StreamConfig(shards=settings.shards, workers=settings.workers)
     stream = Stream(config, preparation, preparation.collate, global_batch=settings.batch, seed=0)
-    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None] * 255
-    std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None] * 255
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
     for streamed in stream:
         (batch,) = streamed.batch
-        yield (batch["images"].float() - mean) / std, batch["input_ids"]  # as the encoder does it
+        # as the encoder does it
+        yield batch["images"].float().div_(255).sub_(mean).div_(std), batch["input_ids"]
 
 
 def open_clip_loader(settings: Settings) -> Generator[Any, None, None]:

@@ -93,18 +93,21 @@ class Reader(IterableDataset[Any]):
         slots = self.order.rank_slots(position, self.global_batch, self.rank, self.ranks)
         bad: list[dict[str, Any]] = []
         source, own, places = self.order.locate(slots)
-        rows = zip(
-            slots.tolist(), source.tolist(), own.tolist(), *(part.tolist() for part in places), strict=True
-        )
-        items = [self.item(g, number, mine, Place(*place), bad) for g, number, mine, *place in rows]
+        draws = mix(self.seed, DRAWS, slots, 0)
+        columns = [part.tolist() for part in (slots, draws, source, own, *places)]
+        items = [
+            self.item(g, draw, number, mine, Place(*place), bad)
+            for g, draw, number, mine, *place in zip(*columns, strict=True)
+        ]
         share = len(items) // self.micro_batches
         return [self.collate(items[i : i + share]) for i in range(0, len(items), share)], bad
 
-    def item(self, g: int, number: int, own: int, place: Place, bad: list[dict[str, Any]]) -> Any:
+    def item(self, g: int, draw: int, number: int, own: int, place: Place, bad: list[dict[str, Any]]) -> Any:
         """The item of a slot; where its sample cannot be used, of another one near it.
 
         Args:
-            g: position, which with the seed decides what is drawn.
+            g: position.
+            draw: what is drawn for it follows from this number, a hash of seed and position.
             number: of the data set.
             own: position in the data set.
             place: where its sample lies.
@@ -113,27 +116,24 @@ class Reader(IterableDataset[Any]):
         shards, order = self.sets[number], self.order.orders[number]
         entry: dict[str, Any] | None = None
         for attempt in itertools.count():
-            key = ""
-            path = shards.paths[place.shard]
+            index, key = None, None
             try:
-                index = place.sample
-                if isinstance(order, Draws):
-                    index = self._drawn(order, shards, own, place)
-                key = self._patiently(shards, shards.name, place.shard, index)
+                index = self._drawn(order, shards, own, place) if isinstance(order, Draws) else place.sample
                 sample = self._patiently(shards, shards.read, place.shard, index)
-                item = self.prepare(sample, random.Random(int(mix(self.seed, DRAWS, g, attempt))))
+                key = sample.key
+                item = self.prepare(sample, random.Random(draw))
             except BadSample as error:
                 entry = entry or {
                     "position": g,
                     **({"set": self.names[number]} if len(self.sets) > 1 else {}),
                     "epoch": place.epoch,
-                    "shard": path,
-                    "key": key,
+                    "shard": shards.paths[place.shard],
+                    "key": self._key(shards, place.shard, index) if key is None else key,
                     "reason": error.reason,
                 }
             else:
                 if entry is not None:
-                    bad.append(entry | {"replaced_by": {"shard": path, "key": key}})
+                    bad.append(entry | {"replaced_by": {"shard": sample.shard, "key": key}})
                 return item
             other = order.replacement(own, attempt)
             if other is None:
@@ -141,8 +141,15 @@ class Reader(IterableDataset[Any]):
                     f"all {attempt + 1} samples around {entry['key']} of {entry['shard']} cannot be used "
                     f"({entry['reason']}); look at the shard, or leave it out"
                 )
-            place = other
+            place, draw = other, int(mix(self.seed, DRAWS, g, attempt + 1))
         raise AssertionError
+
+    def _key(self, shards: ShardSet, shard: int, index: int | None) -> str:
+        """Of a sample that could not be read; empty where that is not known either."""
+        try:
+            return "" if index is None else self._patiently(shards, shards.name, shard, index)
+        except BadSample:
+            return ""
 
     def _drawn(self, order: Draws, shards: ShardSet, own: int, place: Place) -> int:
         try:

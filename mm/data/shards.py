@@ -144,15 +144,14 @@ class ShardSet:
         wanted = sum(size + 2 * BLOCK for _, size in offsets.values())
         span = os.pread(descriptor, end - start, start) if end - start <= wanted + 4 * BLOCK else None
         for extension, (offset, size) in offsets.items():
-            if span is None:
-                raw = os.pread(descriptor, size + BLOCK, offset - BLOCK)
-            else:
-                raw = span[offset - BLOCK - start : offset + size - start]
-            if len(raw) < size + BLOCK:
+            raw, at = span, offset - start
+            if raw is None:
+                raw, at = os.pread(descriptor, size + BLOCK, offset - BLOCK), BLOCK
+            if len(raw) < at + size:
                 raise BadSample(f"shard is cut short before the end of {key}.{extension}")
-            if not _is_header_of(raw[:BLOCK], f"{key}.{extension}", size):
+            if not _is_header_of(raw[at - BLOCK : at], f"{key}.{extension}", size):
                 raise BadSample(f"damaged tar header of {key}.{extension}")
-            members[extension] = raw[BLOCK:]
+            members[extension] = raw[at : at + size]
         return Sample(key, self.paths[shard], members)
 
     @contextmanager
@@ -245,6 +244,9 @@ def _line(opened: _Open, index: int) -> tuple[str, dict[str, tuple[int, int]]]:
 
 
 def _is_header_of(block: bytes, name: str, size: int) -> bool:
+    plain = block[124:136] == b"%011o\0" % size and block[:100].rstrip(b"\0").lower() == name.lower().encode()
+    if plain and block[148:156] == b"%06o\0 " % (sum(block) - sum(block[148:156]) + 8 * ord(" ")):
+        return True  # as nearly all are: tarfile takes ten times as long
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
     except tarfile.HeaderError:
