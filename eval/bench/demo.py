@@ -45,12 +45,13 @@ def main(argv: list[str]) -> None:
         f"make.folder={SHUFFLED}",
         f"data.shards={SHUFFLED}/train",
     ]
+    # first the seeds: they make the sets that all runs are evaluated on
+    runs = {seed: trained(f"seed_{seed}", f"seed={seed}") for seed in config.seeds}
     _, control = trained("shuffled", *options)
     table = Table("seed", "set", "figure", box=None)
     for column in ("chance", "untrained", "shuffled", "trained", "± error", "x chance", "passes"):
         table.add_column(column, justify="right")
-    for seed in config.seeds:
-        before, after = trained(f"seed_{seed}", f"seed={seed}")
+    for seed, (before, after) in runs.items():
         for group, figure, chance_of in FIGURES:
             value, error, chance = (after[group][key] for key in (figure, f"{figure}_error", chance_of))
             passes = value >= 10 * chance and all(
