@@ -10,12 +10,10 @@ near_duplicates, caption.max_repeats, balance. So a copy is not kept in place of
 balancing counts only what is left. Memory: 33 bytes a sample, about 100 while near duplicates are searched.
 """
 
-import contextlib
-import fcntl
 import os
 import shutil
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +41,7 @@ from mm.data.curation.near_duplicates import NearDuplicatesConfig, find_groups, 
 from mm.data.curation.removed import Removed, read_report, show
 from mm.data.curation.rules import CaptionRules, ImageRules, repeats
 from mm.data.curation.similarity import Scorer, SimilarityConfig, best, fingerprint
-from mm.data.curation.sweep import cores, read_part, sweep
+from mm.data.curation.sweep import cores, locked, read_part, sweep
 from mm.data.remote import RemoteConfig
 from mm.data.shards import ShardSet
 from mm.errors import UserError
@@ -96,7 +94,7 @@ def run(config: FilterConfig) -> None:
     paths = expand(config.shards, config.remote)
     out = config.out.expanduser().absolute()
     settings = _settings(config, paths)
-    with _work_folder(out) as work:
+    with locked(out.with_name(f".{out.name}.filter"), f"making {out}") as work:
         done = read_report(out)
         if done is None or done["settings"] != settings or done["dry_run"] != config.dry_run:
             _may_be_made(out, config, done, paths)
@@ -136,25 +134,6 @@ def _may_be_made(out: Path, config: FilterConfig, done: Mapping[str, Any] | None
     empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not (config.overwrite or dry or empty):
         raise UserError(f"{out} exists; choose another folder, or give overwrite=true to replace it")
-
-
-@contextlib.contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """Where a run keeps what it has, for itself alone."""
-    work = out.with_name(f".{out.name}.filter")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write to {out.parent}: {error.strerror}; choose another out=") from None
-    try:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"another process is making {out}: wait for it, or choose another out=") from None
-        yield work
-    finally:
-        os.close(descriptor)
 
 
 def _result(work: Path, dry_run: bool) -> Path:

@@ -100,7 +100,7 @@ def sweep(
     Raises:
         UserError: the folder cannot be written, or another sweep is writing there.
     """
-    with _locked(state):
+    with locked(state, f"writing to {state}"):
         parts = _Parts(state, shards, identity)
         finished = np.array([parts.is_finished(number) for number in range(len(shards.paths))], dtype=bool)
         work = _Work(shards, visit, parts)
@@ -147,22 +147,23 @@ def clear(state: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    """Two sweeps must not share a folder."""
+def locked(folder: Path, doing: str) -> Iterator[Path]:
+    """A folder, made where it is missing, for this process alone. UserError where another one has it.
+
+    doing: what that one is then said to be doing.
+    """
     try:
-        state.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise UserError(f"cannot write to {state}: {error.strerror}; choose another out=") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another out=") from None
     try:
         try:
             # of the process, not of the open file: children of a killed sweep do not hold it
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"another process is writing to {state}: wait for it, or choose another out="
-            ) from None
-        yield
+            raise UserError(f"another process is {doing}: wait for it, or choose another out=") from None
+        yield folder
     finally:
         os.close(descriptor)
 
