@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm.data.catalog import ShardNames
+from mm.data.catalog import Catalog, ShardNames
 from mm.data.order import Order, Place, mix, permute
+from mm.data.shards import ShardSet
 
 
 @st.composite
@@ -115,6 +116,8 @@ def test_a_million_shards_take_little_memory() -> None:
     names = ShardNames(f"data/laion/{i // 1000:04d}/{i:08d}.tar" for i in range(10**6))
     tracemalloc.start()
     order = Order(np.full(10**6, 10_000), seed=1, lanes=256, block=160)
+    shards = ShardSet(Catalog(names, order.sizes))
+    assert shards.sizes is order.sizes and len(shards) == order.samples
     for g in (0, order.samples, 500 * order.samples):
         order.locate(np.arange(g - 64 if g else g, g + 4096))
     held, most = tracemalloc.get_traced_memory()

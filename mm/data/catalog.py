@@ -88,7 +88,7 @@ class Catalog:
     """Shards, sorted by name, and the samples of each."""
 
     paths: ShardNames
-    sizes: NDArray[np.int64] | None
+    sizes: NDArray[np.signedinteger] | None
     """None: not known, as a folder has no `sizes.json`."""
 
     @classmethod

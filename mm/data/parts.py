@@ -111,19 +111,21 @@ def open_parts(
     for number, (name, config) in enumerate(configs.items()):
         # sets of equal sizes would be read in step otherwise
         own_seed = int(mix(seed, _PART, number)) >> 1 if number else seed
-        # a shard a lane, and some for those that lie across two; each takes two of a process's 1,024 files
-        shards = ShardSet(catalogs[name], remote, open_shards=min(256, shares[name] + 32))
+        catalog, share = catalogs.pop(name), shares[name]
+        order: Order | Draws
         if config.resample:
-            parts.append(
-                Part(name, shards, Draws(len(shards.paths), own_seed, shares[name], config.resample))
-            )
-            continue
-        if shares[name] > samples[name]:
-            raise UserError(
-                f"data set {name} of {samples[name]} samples has {shares[name]} of the batch's {chosen} lanes: a "
-                "sample would come up more than once in a batch; lower its weight, or data.lanes"
-            )
-        parts.append(Part(name, shards, Order(shards.sizes, own_seed, shares[name], block)))
+            order = Draws(len(catalog), own_seed, share, config.resample)
+        else:
+            if share > samples[name]:
+                raise UserError(
+                    f"data set {name} of {samples[name]} samples has {share} of the batch's {chosen} lanes: a sample "
+                    "would come up more than once in a batch; lower its weight, or data.lanes"
+                )
+            assert catalog.sizes is not None
+            order = Order(catalog.sizes, own_seed, share, block)
+            catalog = Catalog(catalog.paths, order.sizes)  # one array of sizes for both
+        # a shard a lane, and some for those that lie across two; each takes two of a process's 1,024 files
+        parts.append(Part(name, ShardSet(catalog, remote, open_shards=min(256, share + 32)), order))
     return parts, remarks
 
 

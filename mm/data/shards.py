@@ -77,7 +77,7 @@ class ShardSet:
         return np.cumsum(self.sizes)
 
     @property
-    def sizes(self) -> NDArray[np.int64]:
+    def sizes(self) -> NDArray[np.signedinteger]:
         """Samples of each shard."""
         assert self._sizes is not None, "the shards have no sizes.json: use `count`"
         return self._sizes
