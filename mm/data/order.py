@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 _ROUNDS = 8  # with 4, small blocks were visibly uneven
-_SHARDS, _BLOCKS, _ITEMS, _REPLACE = range(
-    1, 5
-)  # what a key is for; the stream draws with 0, `draws` with 5, 6
+# what a key is for; the stream draws with 0, `draws` with 5, 6, `parts` with 7
+_SHARDS, _BLOCKS, _ITEMS, _REPLACE = range(1, 5)
 _FAR = 64  # samples from elsewhere tried in place of one whose whole block cannot be used
 _CHUNK = 2**16  # shards whose keys are hashed at a time
 

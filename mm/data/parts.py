@@ -11,7 +11,7 @@ from pydantic import Field
 from mm import distributed
 from mm.config import Config
 from mm.data import layout
-from mm.data.catalog import Catalog, ShardNames, index_shards, read_catalog
+from mm.data.catalog import Catalog, ShardNames, index_shards, read_catalog, run_index
 from mm.data.draws import Draws
 from mm.data.index import index_path
 from mm.data.order import Order, mix
@@ -59,7 +59,7 @@ class Part(NamedTuple):
         if not is_remote(paths[0]) and not os.path.exists(index_path(paths[0])):
             remarks.append(
                 f"{paths[0]} has no index of its members: every worker scans each shard when it opens it; "
-                f"run: mm data index {os.path.dirname(paths[0]) or '.'}"
+                f"{run_index(paths[0])}"
             )
         if not isinstance(order, Order):
             return remarks

@@ -94,9 +94,8 @@ def plan(part: Part, lanes: int, config: PlanConfig) -> Advice:
         figures["bytes"] = "not known for shards behind URLs; give bytes_per_sample=..."
     else:
         figures |= _bytes(part, reads, per_sample, share, config)
-    return Advice(
-        figures, part.remarks(config.ranks, config.workers) + _advice(part, mixed, per_sample, config)
-    )
+    remarks = part.remarks(config.ranks, config.workers)
+    return Advice(figures, remarks + _advice(part, reads, mixed, per_sample, config))
 
 
 def _bytes(
@@ -106,9 +105,10 @@ def _bytes(
     whole, more = part.samples * per_sample, 1.0
     if part.shards.lie_elsewhere:
         more = reads.amplification
+        cache = size_text(_cache(part, reads, per_sample, config))
         figures = {
             "bytes": f"{size_text(whole)}; a pass fetches {size_text(whole * more)}, {more:.2f}x",
-            "cache": f"{size_text(_cache(part, per_sample, config))} a node for what is in use and what comes next",
+            "cache": f"{cache} a node for what is in use and what comes next",
         }
     else:
         figures = {"bytes": f"{size_text(whole)}; a pass reads each sample once, 1.00x"}
@@ -119,15 +119,16 @@ def _bytes(
     return figures
 
 
-def _cache(part: Part, per_sample: float, config: PlanConfig) -> float:
+def _cache(part: Part, reads: layout.Reads, per_sample: float, config: PlanConfig) -> float:
     """Bytes of the shards that the ranks of a node have open, and of as many that come next."""
-    assert isinstance(part.order, Order)
-    at_once = layout.reads(part.order, config.ranks).at_once * config.ranks // config.nodes
-    filled = int((part.order.sizes > 0).sum())
-    return 2 * min(at_once, filled) * part.order.samples / filled * per_sample
+    assert part.samples is not None
+    at_once = reads.at_once * config.ranks // config.nodes
+    return 2 * min(at_once, reads.shards) * part.samples / reads.shards * per_sample
 
 
-def _advice(part: Part, mixed: layout.Shuffle, per_sample: float | None, config: PlanConfig) -> list[str]:
+def _advice(
+    part: Part, reads: layout.Reads, mixed: layout.Shuffle, per_sample: float | None, config: PlanConfig
+) -> list[str]:
     found = []
     name = f"{part.name}: " if part.name else ""
     if mixed.neighbours > 10:
@@ -136,7 +137,7 @@ def _advice(part: Part, mixed: layout.Shuffle, per_sample: float | None, config:
             "sorted (by source, site, time), shuffle them when they are made, or use a larger batch or data.lanes"
         )
     if per_sample is not None and part.shards.lie_elsewhere:
-        needed = _cache(part, per_sample, config)
+        needed = _cache(part, reads, per_sample, config)
         if needed > config.remote.limit:
             found.append(
                 f"{name}the cache of {size_text(config.remote.limit)} is smaller than the {size_text(needed)} that a "

@@ -22,9 +22,9 @@ from mm.config import Config
 from mm.data.catalog import Catalog, ShardNames, expand, read_catalog
 from mm.data.curation.duplicates import BUCKETS, COPIES, IMAGES, WORDS, Rows, Spill, by_hash, copies, repeats
 from mm.data.curation.faults import DAMAGE, REMARKS, VERSION, hash_of, visit
-from mm.data.curation.sweep import clear, cores, read_part, sweep
+from mm.data.curation.sweep import clear, cores, output_folder, read_part, sweep
 from mm.data.decode import BadSample, captions
-from mm.data.remote import RemoteConfig, is_remote
+from mm.data.remote import RemoteConfig
 from mm.data.shards import ShardSet
 from mm.errors import UserError
 from mm.files import write_atomically
@@ -59,8 +59,7 @@ class CheckConfig(Config):
 def run(config: CheckConfig) -> None:
     """Check, write and print. SystemExit(1) when anything is damaged."""
     paths = expand(config.shards, config.remote)
-    out = config.out or Path("" if is_remote(paths[0]) else os.path.dirname(paths[0])) / "check"
-    out = out.expanduser()
+    out = output_folder(config.out, paths[0], "check")
     with _Findings(out) as findings:
         check = _Check(config, paths, out, findings)
         check.visit()

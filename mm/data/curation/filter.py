@@ -10,7 +10,6 @@ near_duplicates, caption.max_repeats, balance. So a copy is not kept in place of
 balancing counts only what is left. Memory: 33 bytes a sample, about 100 while near duplicates are searched.
 """
 
-import os
 import shutil
 from array import array
 from collections.abc import Mapping
@@ -41,7 +40,7 @@ from mm.data.curation.near_duplicates import NearDuplicatesConfig, find_groups, 
 from mm.data.curation.removed import Removed, read_report, show
 from mm.data.curation.rules import CaptionRules, ImageRules, repeats
 from mm.data.curation.similarity import Scorer, SimilarityConfig, best, fingerprint
-from mm.data.curation.sweep import cores, locked, read_part, sweep
+from mm.data.curation.sweep import cores, locked, read_part, state_of, sweep
 from mm.data.remote import RemoteConfig
 from mm.data.shards import ShardSet
 from mm.errors import UserError
@@ -108,7 +107,10 @@ def run(config: FilterConfig) -> None:
 def _settings(config: FilterConfig, paths: list[str]) -> dict[str, Any]:
     """All that the result depends on."""
     rules = ("caption", "image", "similarity", "near_duplicates", "balance", "seed")
-    settings: dict[str, Any] = {"format": FORMAT, "shards": digest([(path, _stamp(path)) for path in paths])}
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "shards": digest([(path, state_of(path)) for path in paths]),
+    }
     settings |= {name: plain(getattr(config, name)) for name in rules}
     del settings["similarity"]["device"]
     if config.balance.concepts is not None:
@@ -116,14 +118,6 @@ def _settings(config: FilterConfig, paths: list[str]) -> dict[str, Any]:
     if config.similarity.model is not None:
         settings["similarity"]["weights"] = fingerprint(config.similarity.model)
     return settings
-
-
-def _stamp(path: str) -> list[int] | None:
-    try:
-        state = os.stat(path)
-    except (OSError, ValueError):  # behind a URL
-        return None
-    return [state.st_size, state.st_mtime_ns]
 
 
 def _may_be_made(out: Path, config: FilterConfig, done: Mapping[str, Any] | None, paths: list[str]) -> None:

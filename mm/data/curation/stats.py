@@ -1,7 +1,6 @@
 """`mm data stats SHARDS ... [key=value ...]`: what is in a data set, as `stats.json` and the page `stats.html`."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from mm.data.curation.measure import Measure
 from mm.data.curation.pairs import tokenizer_file
 from mm.data.curation.sketches import Json
 from mm.data.curation.summary import summarize
-from mm.data.curation.sweep import clear, cores, sweep
-from mm.data.remote import RemoteConfig, is_remote
+from mm.data.curation.sweep import clear, cores, output_folder, sweep
+from mm.data.remote import RemoteConfig
 from mm.data.shards import ShardSet
 from mm.errors import UserError
 from mm.files import write_atomically
@@ -80,9 +79,7 @@ def run(config: StatsConfig) -> None:
     # the sizes that were expected must not keep a shard of another size from being read
     shards = ShardSet(Catalog(catalog.paths, None), config.remote)
     figures, about = Figures.empty(limits, texts=MOST_TEXTS), []
-    first = catalog.paths[0]
-    out = config.out or Path("" if is_remote(first) else os.path.dirname(first)) / "stats"
-    out = out.expanduser()
+    out = output_folder(config.out, catalog.paths[0], "stats")
     state = out / "state"
     workers = cores() if config.workers is None else config.workers
     for number, records in sweep(

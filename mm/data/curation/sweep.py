@@ -129,6 +129,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def output_folder(out: Path | None, first: str, name: str) -> Path:
+    """`out`; by default the folder `name` beside the first shard, or here where that is behind a URL."""
+    beside = Path("" if is_remote(first) else os.path.dirname(first))
+    return (out or beside / name).expanduser()
+
+
 def read_part(state: Path, number: int) -> Records:
     """The records of a shard once more, while or after it was swept."""
     text = _part(state, number).read_bytes().decode("utf-8", "surrogatepass")
@@ -193,7 +199,7 @@ class _Parts:
     def stamp(self, number: int) -> list[Any]:
         """Tells a shard from one that changed since; one behind a URL is taken not to change."""
         path = self._shards.paths[number]
-        return [path, _state_of(path), _state_of(index_path(path))]
+        return [path, state_of(path), state_of(index_path(path))]
 
     def is_finished(self, number: int) -> bool:
         try:
@@ -210,7 +216,8 @@ class _Parts:
         write_atomically(_part(self._folder, shard.number), data)
 
 
-def _state_of(path: str) -> list[int] | None:
+def state_of(path: str) -> list[int] | None:
+    """Tells a file from one that was written later; None where there is none, or it lies behind a URL."""
     try:
         state = os.stat(path)
     except (OSError, ValueError):
