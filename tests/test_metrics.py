@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mm
 from mm import metrics
 
 
@@ -128,3 +129,28 @@ def test_standard_error():
         shares.append(hits.double().mean())
         errors.append(metrics.standard_error(hits, groups))
     assert np.mean(errors) == pytest.approx(np.std(shares), rel=0.15)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_standard_error_of_soft_scores_is_that_of_a_mean(seed):
+    g = torch.Generator().manual_seed(seed)
+    soft, groups = torch.rand(90, generator=g), torch.randint(0, 30, (90,), generator=g)
+    assert metrics.standard_error(soft) == pytest.approx(
+        np.std(soft.double().numpy()) / math.sqrt(90), abs=1e-15
+    )
+    sums = [float((soft[groups == i].double() - soft.double().mean()).sum()) for i in range(30)]
+    assert metrics.standard_error(soft, groups) == pytest.approx(math.hypot(*sums) / 90, abs=1e-15)
+    hits = soft > 0.4
+    assert metrics.standard_error(hits.float(), groups) == metrics.standard_error(hits, groups)
+
+
+def test_every_public_name_of_the_parts_is_a_name_of_the_package():
+    for part in (metrics.ranking, metrics.vqa, metrics.captions):
+        own = {
+            name
+            for name, value in vars(part).items()
+            if not name.startswith("_") and getattr(value, "__module__", None) == part.__name__
+        }
+        assert own - {"tokens"} <= set(metrics.__all__)
+    assert all(hasattr(metrics, name) for name in metrics.__all__)
+    assert mm.metrics is metrics and mm.metrics.vqa_accuracy("cat", ["cat"] * 10) == 1

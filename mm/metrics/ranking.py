@@ -1,4 +1,4 @@
-"""Metrics: pure functions of scores and truth.
+"""Metrics of scores and truth: accuracy, recall@k, and how sure they are.
 
 Of equal scores the lower index ranks first, as in a stable sort. NaN ranks before everything and is never a
 hit, so a broken model cannot score well. All sums are of counts or in float64.
@@ -139,14 +139,17 @@ def retrieval_recall(
     )
 
 
-def standard_error(hits: Bool[Tensor, " N"], groups: Int[Tensor, " N"] | None = None) -> float:
-    """Standard error of the share of hits; `groups` names hits that are not independent (captions of one
-    image).
+def standard_error(
+    hits: Bool[Tensor, " N"] | Float[Tensor, " N"], groups: Int[Tensor, " N"] | None = None
+) -> float:
+    """Standard error of the share of hits, or of the mean of scores such as soft accuracies; `groups` names those
+    that are not independent (captions of one image).
 
     The residuals are summed within groups first (the linearised ratio estimator, Cochran 1977, section 9A.2);
-    without groups it is the binomial sqrt(p (1 - p) / N).
+    without groups it is the standard deviation over sqrt(N), of hits the binomial sqrt(p (1 - p) / N).
     """
-    residuals = hits.cpu().double() - share(hits)
+    values = hits.cpu().double()
+    residuals = values - values.sum() / len(values)
     if groups is not None:
         _, groups = groups.cpu().unique(return_inverse=True)
         residuals = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, residuals)

@@ -1,0 +1,45 @@
+"""Metrics: pure functions of what was predicted and what is true.
+
+`ranking` accuracy, recall@k and their errors; `vqa` answers to questions; `captions` BLEU and CIDEr.
+"""
+
+from mm.metrics.captions import caption_scores
+from mm.metrics.ranking import (
+    CHUNK,
+    Retrieval,
+    best_rank,
+    classification_hits,
+    mean_per_class,
+    mean_per_class_recall,
+    recall_at_k,
+    retrieval,
+    retrieval_recall,
+    share,
+    standard_error,
+    topk_accuracy,
+    topk_hits,
+)
+from mm.metrics.vqa import average_precision, f1, gqa_accuracy, normalise_answer, soft_scores, vqa_accuracy
+
+__all__ = [
+    "CHUNK",
+    "Retrieval",
+    "average_precision",
+    "best_rank",
+    "caption_scores",
+    "classification_hits",
+    "f1",
+    "gqa_accuracy",
+    "mean_per_class",
+    "mean_per_class_recall",
+    "normalise_answer",
+    "recall_at_k",
+    "retrieval",
+    "retrieval_recall",
+    "share",
+    "soft_scores",
+    "standard_error",
+    "topk_accuracy",
+    "topk_hits",
+    "vqa_accuracy",
+]
