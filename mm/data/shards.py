@@ -132,6 +132,18 @@ class ShardSet:
         with self._reading(shard) as opened:
             return self._read(opened, shard, index)
 
+    def member(self, shard: int, index: int, extension: str) -> bytes | None:
+        """One member of a sample, the others unread; None where it has no such. Errors as `read`."""
+        with self._reading(shard) as opened:
+            key, offsets = _line(opened, index)
+            if extension not in offsets:
+                return None
+            offset, size = offsets[extension]
+            if size > LARGEST_SAMPLE:
+                raise BadSample(f"{size:,} bytes exceed the limit of {LARGEST_SAMPLE:,} for a sample")
+            raw = os.pread(opened.descriptor, size + BLOCK, offset - BLOCK)
+            return _checked(raw, BLOCK, size, f"{key}.{extension}")
+
     def _read(self, opened: _Open, shard: int, index: int) -> Sample:
         descriptor = opened.descriptor
         key, offsets = _line(opened, index)
@@ -147,11 +159,7 @@ class ShardSet:
             raw, at = span, offset - start
             if raw is None:
                 raw, at = os.pread(descriptor, size + BLOCK, offset - BLOCK), BLOCK
-            if len(raw) < at + size:
-                raise BadSample(f"shard is cut short before the end of {key}.{extension}")
-            if not _is_header_of(raw[at - BLOCK : at], f"{key}.{extension}", size):
-                raise BadSample(f"damaged tar header of {key}.{extension}")
-            members[extension] = raw[at : at + size]
+            members[extension] = _checked(raw, at, size, f"{key}.{extension}")
         return Sample(key, self.paths[shard], members)
 
     @contextmanager
@@ -241,6 +249,15 @@ def _line(opened: _Open, index: int) -> tuple[str, dict[str, tuple[int, int]]]:
         return opened.table[index]
     except DamagedIndex as error:
         raise BadSample(str(error)) from None
+
+
+def _checked(raw: bytes, at: int, size: int, name: str) -> bytes:
+    """The member that begins `at` in what was read, after its header. BadSample where it is not that one."""
+    if len(raw) < at + size:
+        raise BadSample(f"shard is cut short before the end of {name}")
+    if not _is_header_of(raw[at - BLOCK : at], name, size):
+        raise BadSample(f"damaged tar header of {name}")
+    return raw[at : at + size]
 
 
 def _is_header_of(block: bytes, name: str, size: int) -> bool:

@@ -73,7 +73,7 @@ def _one_thread() -> Iterator[None]:
 def _loaded(model: str, device: str) -> "TwoTower":
     from mm.models.folder import load_model
 
-    return load_model(model).to(device)
+    return load_model(model).towers.to(device)
 
 
 @lru_cache(1)

@@ -65,7 +65,7 @@ class Scorer:
         self.fingerprint = fingerprint(config.model)
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self._model: TwoTower = load_model(config.model).to(device)
+            self._model: TwoTower = load_model(config.model).towers.to(device)
         except (RuntimeError, AssertionError) as error:
             first_line = (str(error) or "no such device").splitlines()[0]
             raise UserError(f"similarity.device = {device}: {first_line}") from None

@@ -4,7 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mm.data.sources import emoji, openclipart
+from mm.data.sources import (
+    classes,
+    easy_vqa,
+    emoji,
+    emoji_questions,
+    karpathy,
+    nlvr2,
+    openclipart,
+    vqa,
+)
 from mm.data.sources.output import Report, SourceConfig
 
 
@@ -22,9 +31,35 @@ SOURCES: dict[str, Source] = {
         emoji.write,
         "1,900 emoji by two artists, concepts held out (pip packages; more artists from npm)",
     ),
+    "emoji_questions": Source(
+        emoji_questions.EmojiQuestionsConfig,
+        emoji_questions.write,
+        "questions and statements about emoji on canvases, by two artists (pip packages)",
+    ),
+    "easy_vqa": Source(
+        easy_vqa.EasyVqaConfig,
+        easy_vqa.write,
+        "questions about the shape and color of a figure (pip package, MIT)",
+    ),
     "openclipart": Source(
         openclipart.OpenclipartConfig,
         openclipart.write,
         "drawings with titles and keywords, cleaned (Debian package, public domain)",
+    ),
+    "vqa": Source(
+        vqa.VqaConfig,
+        vqa.write,
+        "questions about images: VQA v1 and v2, OK-VQA, GQA, VizWiz, TextVQA, or rows of yours",
+    ),
+    "karpathy": Source(
+        karpathy.KarpathyConfig,
+        karpathy.write,
+        "captioned images of a Karpathy split: COCO, Flickr30k, Flickr8k",
+    ),
+    "nlvr2": Source(
+        nlvr2.Nlvr2Config, nlvr2.write, "NLVR2: sentences that are true or false of two photographs"
+    ),
+    "classes": Source(
+        classes.ClassesConfig, classes.write, "labelled images: a folder for each class, as ImageNet"
     ),
 }

