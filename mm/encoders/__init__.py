@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,4 +18,17 @@ class Features(NamedTuple):
     """(B, L) bool: True where a token is real."""
 
 
-__all__ = ["Features"]
+def joined(*parts: Features) -> Features:
+    """Features of several batches as one; shorter ones are padded."""
+    longest = max(part.tokens.shape[1] for part in parts)
+    padded = [
+        part._replace(
+            tokens=F.pad(part.tokens, (0, 0, 0, longest - part.tokens.shape[1])),
+            mask=F.pad(part.mask, (0, longest - part.mask.shape[1])),
+        )
+        for part in parts
+    ]
+    return Features(*(torch.cat(same) for same in zip(*padded)))
+
+
+__all__ = ["Features", "joined"]

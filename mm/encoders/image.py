@@ -1,7 +1,12 @@
 """Image encoders: any timm network by name; `open_clip:NAME` leads to `mm.encoders.open_clip`."""
 
+import copy
 import difflib
+import math
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import count, islice
 from types import MethodType
 from typing import Any, Literal
 
@@ -86,6 +91,19 @@ class ImageEncoder(Tower):
             pooled, tokens = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
         return Features(pooled, tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool))
 
+    def respecified(self, **given: Any) -> dict[str, Any]:
+        """The spec of the same network with some of size, checkpointing, drop_path and patch_dropout changed;
+        None leaves one as it is. Raises UserError for what this network does not have."""
+        return changed(self.spec, **given)
+
+    def check_size(self) -> None:
+        """Raises UserError, with the nearest sizes, where the network cannot run at its size."""
+        check_size(self, self.trunk)
+
+    def fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` of the same network at another size, its positions and windows resized to this one's."""
+        raise NotImplementedError
+
 
 class TimmEncoder(ImageEncoder):
     """A timm network without its classifier (Wightman 2019, https://github.com/huggingface/pytorch-image-models)."""
@@ -105,6 +123,51 @@ class TimmEncoder(ImageEncoder):
 
     def layers(self) -> list[list[str]]:
         return [[f"trunk.{name}" for name in group] for group in parameter_groups(self.trunk)]
+
+    def fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return fit_timm(self.trunk, state, "trunk.")
+
+
+def changed(spec: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """A copy of `spec` with the values of `given` that are not None."""
+    return copy.deepcopy(dict(spec)) | {key: value for key, value in given.items() if value is not None}
+
+
+def fit_timm(network: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """`state` with the tensors of a timm network, those under `prefix`, at the network's size."""
+    inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    outer = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    # most families of timm know how to read their checkpoints' other sizes, and older names
+    family = sys.modules[type(network).__module__]
+    if hasattr(family, "checkpoint_filter_fn"):
+        inner = family.checkpoint_filter_fn(inner, network)
+    own = network.state_dict()
+    for name in inner.keys() & own.keys():
+        if name.endswith("pos_embed") and own[name].ndim == 3 and inner[name].shape != own[name].shape:
+            inner[name] = _resized(inner[name], own[name].shape[1])
+    return outer | {prefix + name: value for name, value in inner.items()}
+
+
+def check_size(encoder: ImageEncoder, network: nn.Module) -> None:
+    """Raises UserError, with the nearest sizes, where `network`, a timm one, cannot run at the encoder's size."""
+    size, name = encoder.size[0], encoder.spec["name"]
+    patches = getattr(getattr(network, "patch_embed", None), "proj", None)
+    if isinstance(patches, nn.Conv2d) and patches.kernel_size == patches.stride:  # they do not overlap
+        check_multiple(size, patches.stride[0], name)
+    if size == network.default_cfg["input_size"][-1]:  # type: ignore[index]
+        return
+    trouble = _trouble(encoder)
+    if trouble is not None:
+        fit = " or ".join(str(other) for other in _sizes_that_fit(encoder)) or "the size it was made for"
+        raise UserError(f"size {size} does not fit {name}{trouble and f' ({trouble})'}; use {fit}")
+
+
+def check_multiple(size: int, patch: int, name: str) -> None:
+    """Raises UserError, with the nearest sizes, where patches do not fill an image."""
+    if size % patch:
+        below = size // patch * patch
+        fit = f"{below} or {below + patch}" if below else str(patch)
+        raise UserError(f"size {size} does not fit {name}: it must be a multiple of {patch}; use {fit}")
 
 
 def build_image_encoder(config: ImageConfig) -> ImageEncoder:
@@ -169,7 +232,7 @@ def _build_timm(config: ImageConfig) -> TimmEncoder:
         "resize_mode": config.resize_mode or ("squash" if published.crop_mode == "squash" else "shortest"),
     }
     encoder = TimmEncoder(spec)
-    _check_size(encoder, config.name)
+    encoder.check_size()
     if config.pretrained:
         with from_hub(f"pretrained weights of {config.name}"):
             encoder.trunk.load_state_dict(_create(spec, pretrained=True).state_dict())
@@ -199,31 +262,50 @@ def _create(spec: dict[str, Any], pretrained: bool = False) -> nn.Module:
         raise UserError(f"timm cannot make {spec['name']} with {given}: {error}") from error
 
 
-def _check_size(encoder: TimmEncoder, name: str) -> None:
-    size = encoder.size[0]
-    patches = getattr(encoder.trunk, "patch_embed", None)
-    patch = getattr(patches, "patch_size", None)
-    if patch and size % patch[0]:
-        below = size // patch[0] * patch[0]
-        fit = f"{below} or {below + patch[0]}" if below else str(patch[0])
-        raise UserError(f"size {size} does not fit {name}: it must be a multiple of {patch[0]}; use {fit}")
-    if size == encoder.trunk.default_cfg["input_size"][-1]:  # type: ignore[index]
-        return
+def _resized(positions: Tensor, length: int) -> Tensor:
+    """Positions (1, L, D) on a square grid, after those of class tokens, as `length` of them."""
+    from timm.layers import resample_abs_pos_embed
+
+    for tokens in range(3):
+        old, new = math.isqrt(positions.shape[1] - tokens), math.isqrt(length - tokens)
+        if (old**2 + tokens, new**2 + tokens) == (positions.shape[1], length):
+            resized: Tensor = resample_abs_pos_embed(positions, [new, new], num_prefix_tokens=tokens)
+            return resized
+    return positions
+
+
+def _trouble(encoder: ImageEncoder) -> str | None:
+    """What goes wrong on an image of the encoder's size."""
+    training = encoder.training
     try:
         with torch.no_grad():
-            encoder.eval()(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"size {size} does not fit {name}: {error}") from error
+            encoder.eval()(torch.zeros(1, 3, *encoder.size))
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        return str(error)
     finally:
-        encoder.train()
+        encoder.train(training)
+    return None
+
+
+def _sizes_that_fit(encoder: ImageEncoder) -> list[int]:
+    """The nearest multiples of 32 below and above the encoder's size that its network takes, if near."""
+    found = []
+    for sizes in (
+        range((encoder.size[0] - 1) // 32 * 32, 0, -32),
+        count((encoder.size[0] // 32 + 1) * 32, 32),
+    ):
+        for size in islice(sizes, 4):
+            with suppress(UserError):
+                if _trouble(image_encoder(encoder.respecified(size=size))) is None:
+                    found.append(size)
+                    break
+    return found
 
 
 def _load_file(trunk: nn.Module, weights: str, classifier: str | tuple[str, ...] | None) -> None:
     path = weights_file(weights)
     state = tower_of_model(read_weights(path), "image.trunk.")
-    # each timm family knows how to read its checkpoints' older names and other sizes
-    adapt = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
-    if adapt is not None and trunk.state_dict().keys() & state.keys():
-        state = adapt(state, trunk)
+    if trunk.state_dict().keys() & state.keys():
+        state = fit_timm(trunk, state)
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
     load_strictly(trunk, state, path, ignore=tuple(f"{head}." for head in heads))

@@ -7,15 +7,14 @@ model that open_clip builds (Ilharco et al. 2021, https://github.com/mlfoundatio
 import copy
 import difflib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import open_clip
-import torch
 import torch.nn.functional as F
 from open_clip import factory
 from open_clip import model as towers
@@ -27,9 +26,10 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 from mm.encoders import Features
-from mm.encoders.image import OPEN_CLIP, ImageConfig, ImageEncoder
-from mm.encoders.text import TextConfig, TextEncoder
+from mm.encoders.image import OPEN_CLIP, ImageConfig, ImageEncoder, check_multiple, check_size, fit_timm
+from mm.encoders.text import TextConfig, TextEncoder, check_context
 from mm.encoders.timm_trunk import parameter_groups, pooled_and_tokens
+from mm.encoders.tokenizer import OpenClipTokenizer
 from mm.encoders.tower import layers_around_blocks
 from mm.encoders.weights import from_hub, weights_file
 from mm.errors import UserError
@@ -42,36 +42,6 @@ class _Source(NamedTuple):
     model: dict[str, Any]
     preprocess: dict[str, Any]
     checkpoint: Path | None
-
-
-class OpenClipTokenizer:
-    """open_clip's tokenizer, one text at a time and without its padding. Pickles to workers."""
-
-    def __init__(self, backend: Any, context_length: int) -> None:
-        self.backend = backend
-        self.context_length = context_length
-        hf = getattr(backend, "tokenizer", None)
-        self.pad_id: int = 0 if hf is None else hf.pad_token_id
-
-    def __call__(self, text: str) -> list[int]:
-        """Ids with start and end of text, at most `context_length`."""
-        ids: list[int] = self.backend([text], self.context_length)[0].tolist()
-        while len(ids) > 1 and ids[-1] == self.pad_id:
-            ids.pop()
-        return ids
-
-    def pad(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids (B, L) int64 and mask (B, L) bool, L the longest of `ids`."""
-        rows = [torch.tensor(one, dtype=torch.int64) for one in ids]
-        mask = nn.utils.rnn.pad_sequence(
-            [torch.ones(len(one), dtype=torch.bool) for one in rows], batch_first=True
-        )
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id), mask
-
-    def save(self, folder: Path) -> None:
-        """Write what is not part of the open_clip package: nothing for CLIP's own vocabulary."""
-        if hasattr(self.backend, "tokenizer"):
-            self.backend.save_pretrained(folder)
 
 
 class OpenClipImageEncoder(ImageEncoder):
@@ -111,6 +81,30 @@ class OpenClipImageEncoder(ImageEncoder):
             )
         return [[f"trunk.{name}" for name in group] for group in groups]
 
+    def respecified(self, **given: Any) -> dict[str, Any]:
+        drop_path, patch_dropout = given.pop("drop_path", None), given.pop("patch_dropout", None)
+        spec = super().respecified(**given)
+        _change(spec["model"]["vision_cfg"], spec["name"], given.get("size"), patch_dropout)
+        if drop_path is not None:
+            if not isinstance(self.trunk, TimmModel):
+                raise UserError(f"drop_path belongs to timm models; {spec['name']} is none")
+            spec["model"]["vision_cfg"]["timm_drop_path"] = drop_path
+        return spec
+
+    def check_size(self) -> None:
+        if isinstance(self.trunk, TimmModel):
+            check_size(self, self.trunk.trunk)
+
+    def fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if isinstance(self.trunk, TimmModel):
+            return fit_timm(self.trunk.trunk, state, "trunk.trunk.")
+        resnet = isinstance(self.trunk, ModifiedResNet)
+        name = "trunk.attnpool.positional_embedding" if resnet else "trunk.positional_embedding"
+        grid = self.size[0] // (32 if resnet else self.spec["model"]["vision_cfg"].get("patch_size", 16))
+        positions = {"visual.positional_embedding": state[name]}
+        towers.resize_pos_embed(positions, SimpleNamespace(visual=SimpleNamespace(grid_size=grid)))
+        return {**state, name: positions["visual.positional_embedding"]}
+
 
 class OpenClipTextEncoder(TextEncoder):
     """The text tower of an open_clip model.
@@ -127,7 +121,7 @@ class OpenClipTextEncoder(TextEncoder):
         self.tokenizer = tokenizer
         self.width = spec["model"]["embed_dim"]
         config = spec["model"]["text_cfg"]
-        self.positions: int = self.trunk.context_length  # type: ignore[assignment]
+        self.positions = self.trunk.context_length  # type: ignore[assignment]
         self.trimmable = (
             not config.get("hf_tokenizer_name")
             and not config.get("no_causal_mask")
@@ -153,6 +147,17 @@ class OpenClipTextEncoder(TextEncoder):
         groups = layers_around_blocks(self.trunk, first, ("ln_final.", "text_projection"))
         return [[f"trunk.{name}" for name in group] for group in _projection_apart(groups, "text_projection")]
 
+    def respecified(self, *, dropout: float | None = None, **given: Any) -> dict[str, Any]:
+        if dropout is not None:
+            raise UserError(f"dropout cannot be chosen for {self.spec['name']}: it has its own JSON config")
+        return super().respecified(**given)
+
+    def with_spec(self, spec: dict[str, Any]) -> "OpenClipTextEncoder":
+        length, words = spec["context_length"], self.tokenizer
+        if length != words.context_length:
+            words = OpenClipTokenizer(words.backend, length)
+        return OpenClipTextEncoder(spec, words)
+
 
 def build_open_clip_image(config: ImageConfig) -> OpenClipImageEncoder:
     """The image tower that `config` names, with its weights."""
@@ -165,23 +170,11 @@ def build_open_clip_image(config: ImageConfig) -> OpenClipImageEncoder:
     trained_size = vision.get("image_size", 224)
     trained_size = trained_size if isinstance(trained_size, int) else trained_size[0]
     size = config.size or trained_size
-    if config.patch_dropout:
-        vision["patch_dropout"] = config.patch_dropout
-        if isinstance(vision.get("layers"), list):
-            raise UserError(f"patch_dropout is for ViTs; {config.name} has none")
-    step = 32 if isinstance(vision.get("layers"), list) else vision.get("patch_size", 16)
-    if "timm_model_name" not in vision:
-        if size % step:
-            below = size // step * step
-            fit = f"{below} or {below + step}" if below else str(step)
-            raise UserError(
-                f"size {size} does not fit {config.name}: it must be a multiple of {step}; use {fit}"
-            )
-        if isinstance(vision.get("layers"), list) and size != trained_size and _weights(config, source):
-            raise UserError(
-                f"size {size} does not fit the trained {config.name}: its pooling needs {trained_size}"
-            )
-        vision["image_size"] = size
+    _change(vision, config.name, size=size, patch_dropout=config.patch_dropout or None)
+    if isinstance(vision.get("layers"), list) and size != trained_size and _weights(config, source):
+        raise UserError(
+            f"size {size} does not fit the trained {config.name}: its pooling needs {trained_size}"
+        )
     spec = {
         "kind": "open_clip",
         "name": config.name,
@@ -219,11 +212,7 @@ def build_open_clip_text(config: TextConfig) -> OpenClipTextEncoder:
         "context_length": config.context_length or text.get("context_length", 77),
         "checkpointing": config.checkpointing,
     }
-    if spec["context_length"] > text.get("context_length", 77):
-        limit = text.get("context_length", 77)
-        raise UserError(
-            f"context_length {config.context_length} is more than {config.name} can read; use at most {limit}"
-        )
+    check_context(config.context_length, text.get("context_length", 77), config.name)
     folder = source.checkpoint.parent if source.checkpoint is not None else None
     with from_hub(f"the tokenizer of {config.name}"):
         tokenizer = load_tokenizer(spec, folder)
@@ -308,6 +297,19 @@ def _published(
     model["quick_gelu"] = bool(published.get("quick_gelu", False))
     with from_hub(f"the weights {pretrained} of {target}"):
         return Path(download_pretrained(published))
+
+
+def _change(vision: dict[str, Any], name: str, size: int | None, patch_dropout: float | None) -> None:
+    """Put a size and a patch dropout into a vision_cfg. UserError where they do not fit."""
+    convolutional = isinstance(vision.get("layers"), list)
+    if patch_dropout and convolutional:
+        raise UserError(f"patch_dropout is for ViTs; {name} has none")
+    if patch_dropout is not None:
+        vision["patch_dropout"] = patch_dropout
+    if size is not None and "timm_model_name" not in vision:
+        step = 32 if convolutional else vision.get("patch_size", 16)
+        check_multiple(size, step, name)
+        vision["image_size"] = size
 
 
 def _weights(config: ImageConfig | TextConfig, source: _Source) -> Path | None:

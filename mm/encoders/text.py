@@ -1,5 +1,6 @@
 """Text encoders: any BERT-family transformers encoder; `open_clip:NAME` leads to `mm.encoders.open_clip`."""
 
+import copy
 import difflib
 import json
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.encoders import Features
-from mm.encoders.image import OPEN_CLIP
+from mm.encoders.image import OPEN_CLIP, changed
 from mm.encoders.tokenizer import Tokenizer, hf_tokenizer
 from mm.encoders.tower import Tower, layers_around_blocks
 from mm.encoders.weights import (
@@ -42,6 +43,8 @@ KNOWN = (
     "sentence-transformers/all-mpnet-base-v2",
 )
 DEFAULT_CONTEXT = 77
+DROPOUTS: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout")
+DROPOUTS += ("attention_dropout", "embedding_dropout", "mlp_dropout")  # as the families call it
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Pooling = Literal["auto", "cls", "mean", "pooler"]
 
@@ -85,9 +88,21 @@ class TextEncoder(Tower):
     width: int
     tokenizer: Any
     spec: dict[str, Any]
+    positions: int
+    """The most tokens that the network can read."""
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Features:
         """input_ids (B, L) int64, mask (B, L) bool."""
+        raise NotImplementedError
+
+    def respecified(self, **given: Any) -> dict[str, Any]:
+        """The spec of the same network with some of checkpointing, dropout and context_length changed; None
+        leaves one as it is. Raises UserError for what this network does not have."""
+        check_context(given.get("context_length"), self.positions, self.spec["name"])
+        return changed(self.spec, **given)
+
+    def with_spec(self, spec: dict[str, Any]) -> "TextEncoder":
+        """The encoder of a `spec` of this network, with random weights and this one's tokenizer."""
         raise NotImplementedError
 
 
@@ -99,6 +114,7 @@ class BertEncoder(TextEncoder):
         self.spec = spec
         self.trunk = _random(spec) if trunk is None else trunk
         self.tokenizer = tokenizer
+        self.positions = _positions(self.trunk)
         self.width = self.trunk.config.hidden_size  # type: ignore[union-attr,assignment]
         self.pooling: str = spec["pooling"]
         if self.pooling == "pooler" and getattr(self.trunk, "pooler", None) is None:
@@ -125,6 +141,19 @@ class BertEncoder(TextEncoder):
     def layers(self) -> list[list[str]]:
         groups = layers_around_blocks(self.trunk, first=("embeddings",), last=("pooler",))
         return [[f"trunk.{name}" for name in group] for group in groups]
+
+    def respecified(self, *, dropout: float | None = None, **given: Any) -> dict[str, Any]:
+        spec = super().respecified(**given)
+        if dropout is not None:
+            spec["hf"] |= {key: dropout for key in DROPOUTS if key in spec["hf"]}
+        return spec
+
+    def with_spec(self, spec: dict[str, Any]) -> "BertEncoder":
+        length, words = spec["context_length"], self.tokenizer
+        if length != words.context_length:
+            # a copy, because the length is set in the Rust part, which both would share
+            words = Tokenizer(copy.deepcopy(words.hf), length)
+        return BertEncoder(spec, words)
 
 
 def build_text_encoder(config: TextConfig) -> TextEncoder:
@@ -199,7 +228,8 @@ def _build_bert(config: TextConfig) -> BertEncoder:
             trunk = _pretrained(source, hf_config, spec)
     else:
         trunk = _random(spec)
-    spec["context_length"] = _context_length(config, trunk)
+    check_context(config.context_length, _positions(trunk), config.name)
+    spec["context_length"] = config.context_length or min(DEFAULT_CONTEXT, _positions(trunk))
     encoder = BertEncoder(spec, Tokenizer(words, spec["context_length"]), trunk)
     if config.weights:
         path = weights_file(config.weights)
@@ -250,7 +280,7 @@ def _shaped(hf_config: Any, config: TextConfig) -> Any:
             f"width {hf_config.hidden_size} is not a multiple of heads {hf_config.num_attention_heads}"
         )
     if config.dropout is not None:
-        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+        for key in DROPOUTS:
             if hasattr(hf_config, key):
                 setattr(hf_config, key, config.dropout)
     return hf_config
@@ -329,11 +359,8 @@ def _trained_pooling(name: str, source: str) -> str:
     modes = _json(source, f"{path}/config.json") if path is not None else None
     if not modes:
         return "cls"
-    found = [
-        mode
-        for mode, key in (("mean", "mean_tokens"), ("cls", "cls_token"))
-        if modes.get(f"pooling_mode_{key}")
-    ]
+    kinds = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+    found = [kind for kind, key in kinds.items() if modes.get(key)]
     if modes.get("pooling_mode") in ("mean", "cls"):
         found = [modes["pooling_mode"]]
     if len(found) != 1:
@@ -356,15 +383,15 @@ def _json(source: str, file: str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
 
 
-def _context_length(config: TextConfig, trunk: Any) -> int:
+def check_context(length: int | None, limit: int, name: str) -> None:
+    """Raises UserError where texts of `length` tokens are longer than a network can read."""
+    if length is not None and length > limit:
+        raise UserError(f"context_length {length} is more than {name} can read; use at most {limit}")
+
+
+def _positions(trunk: Any) -> int:
     positions = getattr(getattr(trunk, "embeddings", None), "position_embeddings", None)
     if isinstance(positions, nn.Embedding):
         # RoBERTa counts positions from its padding index on
-        limit = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
-    else:
-        limit = getattr(trunk.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    if config.context_length is not None and config.context_length > limit:
-        raise UserError(
-            f"context_length {config.context_length} is more than {config.name} can read; use at most {limit}"
-        )
-    return config.context_length or min(DEFAULT_CONTEXT, limit)
+        return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+    return getattr(trunk.config, "max_position_embeddings", None) or DEFAULT_CONTEXT

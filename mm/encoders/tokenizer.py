@@ -1,16 +1,44 @@
-"""The tokenizer of a transformers checkpoint."""
+"""Tokenizers: that of a transformers checkpoint, and open_clip's. They pickle to workers."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.errors import UserError
 
 
-class Tokenizer:
-    """Text to token ids, by the Rust tokenizer of a transformers checkpoint. Pickles to workers."""
+class TextEnds:
+    """Base of the tokenizers: finds the tokens that they put around every text."""
+
+    def __call__(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    @property
+    def bos_id(self) -> int:
+        """What begins a text ([CLS], <s>, <start_of_text>). UserError where nothing does."""
+        return self._ends()[0]
+
+    @property
+    def eos_id(self) -> int:
+        """What ends a text ([SEP], </s>, <end_of_text>). UserError where nothing does."""
+        return self._ends()[1]
+
+    def _ends(self) -> list[int]:
+        ends, around = self(""), self("a")
+        if len(ends) != 2 or [around[0], around[-1]] != ends:
+            raise UserError(
+                "the tokenizer of the text tower does not put one token before and another after every text, so "
+                "no text can be generated with it; choose a tower whose tokenizer does, such as BERT's or CLIP's"
+            )
+        return ends
+
+
+class Tokenizer(TextEnds):
+    """Text to token ids, by the Rust tokenizer of a transformers checkpoint."""
 
     def __init__(self, hf: Any, context_length: int) -> None:
         self.hf = hf
@@ -25,6 +53,16 @@ class Tokenizer:
         """Ids with the special tokens in, at most `context_length`."""
         ids: list[int] = self.backend.encode(text).ids
         return ids
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=True)
+        return text.strip()
 
     def pad(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids (B, L) int64 and mask (B, L) bool, L the longest of `ids`; on the side the tokenizer pads."""
@@ -43,6 +81,54 @@ class Tokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "hf": None}  # workers need the Rust part alone
+
+
+class OpenClipTokenizer(TextEnds):
+    """open_clip's tokenizer, one text at a time and without its padding."""
+
+    def __init__(self, backend: Any, context_length: int) -> None:
+        self.backend = backend
+        self.context_length = context_length
+        self.pad_id: int = 0 if self._hf is None else self._hf.pad_token_id
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids with start and end of text, at most `context_length`."""
+        ids: list[int] = self.backend([text], self.context_length)[0].tolist()
+        while len(ids) > 1 and ids[-1] == self.pad_id:
+            ids.pop()
+        return ids
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are."""
+        return self.backend.vocab_size if self._hf is None else 1 + max(self._hf.get_vocab().values())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        if self._hf is not None:
+            text: str = self._hf.decode(list(ids), skip_special_tokens=True)
+            return text.strip()
+        # up to its end: the padding after that has the id of "!"
+        words = itertools.takewhile(lambda one: one != self.backend.eot_token_id, ids)
+        text = self.backend.decode([one for one in words if one not in self.backend.all_special_ids])
+        return text.strip()
+
+    def pad(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids (B, L) int64 and mask (B, L) bool, L the longest of `ids`."""
+        rows = [torch.tensor(one, dtype=torch.int64) for one in ids]
+        mask = nn.utils.rnn.pad_sequence(
+            [torch.ones(len(one), dtype=torch.bool) for one in rows], batch_first=True
+        )
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id), mask
+
+    def save(self, folder: Path) -> None:
+        """Write what is not part of the open_clip package: nothing for CLIP's own vocabulary."""
+        if self._hf is not None:
+            self.backend.save_pretrained(folder)
+
+    @property
+    def _hf(self) -> Any:
+        return getattr(self.backend, "tokenizer", None)
 
 
 def hf_tokenizer(source: str) -> Any:

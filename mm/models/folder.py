@@ -8,6 +8,7 @@ tokenizer/          the tokenizer's files, where its library does not bring them
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mm.config import Config, plain
 from mm.encoders.image import image_encoder
 from mm.encoders.text import text_encoder
 from mm.errors import UserError
 from mm.files import sync
-from mm.models.two_tower import TwoTower, TwoTowerConfig
+from mm.models.fused import Fused
+from mm.models.heads import head
+from mm.models.two_tower import TwoTower
 
 FORMAT = 1
 DESCRIPTION = "model.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer"
+Model = TwoTower | Fused
 
 
 def save_model(
     folder: Path,
-    model: TwoTower,
-    config: TwoTowerConfig,
+    model: Model,
+    config: Config | Mapping[str, Any] | None = None,
     state: dict[str, Tensor] | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
@@ -39,23 +44,13 @@ def save_model(
 
     Args:
         config: what the model was built from; kept for the reader, not needed to load.
-        state: the full weights by name, where the model's own are partitioned over ranks.
+        state: the full weights by name, where the model's own are partitioned over ranks, or have additions.
         about: JSON values to keep with the model, such as the step it was saved at.
     Raises:
         UserError: it cannot be written (a full disk, no permission); what was there before stays.
     """
     weights = model.state_dict() if state is None else state
-    assert weights.keys() == model.state_dict().keys(), "state must hold the names of model.state_dict()"
-    description = {
-        "format": FORMAT,
-        "mm": importlib.metadata.version("mm"),
-        "kind": "two_tower",
-        "image": model.image.spec,
-        "text": model.text.spec,
-        "head": model.spec,
-        "config": config.model_dump(mode="json"),
-        "about": about or {},
-    }
+    description = {**describe(model), "config": plain(config), "about": about or {}}
     folder = Path(folder)
     fresh, old = folder.with_name(f".{folder.name}.new"), _old(folder)
     try:
@@ -69,7 +64,7 @@ def save_model(
         )
         (fresh / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         (fresh / TOKENIZER).mkdir()
-        model.text.tokenizer.save(fresh / TOKENIZER)
+        model.towers.text.tokenizer.save(fresh / TOKENIZER)
         for path in [*fresh.rglob("*"), fresh]:
             sync(path)
         if folder.exists():
@@ -84,12 +79,22 @@ def save_model(
         raise UserError(f"the model cannot be written to {folder}: {error}") from error
 
 
-def load_model(path: str | Path) -> TwoTower:
-    """The model in a run folder, in its model/ folder or in an exported one, in eval mode on the CPU.
+def describe(model: Model) -> dict[str, Any]:
+    """What `model.json` says of the architecture: JSON values."""
+    towers = model.towers
+    return {
+        "format": FORMAT,
+        "mm": importlib.metadata.version("mm"),
+        "kind": "fused" if model.heads else "two_tower",
+        "image": towers.image.spec,
+        "text": towers.text.spec,
+        "head": towers.spec,
+        **({"heads": {name: one.spec for name, one in model.heads.items()}} if model.heads else {}),
+    }
 
-    Reads no other file and no hub, and runs nothing that the folder holds.
-    Raises UserError when there is no model.
-    """
+
+def find_model(path: str | Path) -> Path:
+    """The folder of the model in a run folder, in its model/ folder or in an exported one. UserError without."""
     path = Path(path).expanduser()
     looked = [path / "model", path]
     for place in looked:
@@ -101,24 +106,47 @@ def load_model(path: str | Path) -> TwoTower:
             f"there is no model in {path}: looked for {names} "
             "(a run writes its model/ at the end, and whenever its best metric improves)"
         )
-    folder = found[0]
+    return found[0]
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """`model.json` of a model's folder. UserError where it is damaged or of another format."""
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model in {folder} is damaged: {error}") from error
+    known = isinstance(description, dict) and description.get("kind") in ("two_tower", "fused")
+    if not known or description.get("format") != FORMAT:
+        found = description if isinstance(description, dict) else {}
+        kind, form, version = (found.get(key) for key in ("kind", "format", "mm"))
+        raise UserError(
+            f"{folder} holds a {kind} of format {form}, written by mm {version}; "
+            f"mm {importlib.metadata.version('mm')} reads two_tower and fused of format {FORMAT}"
+        )
+    return description
+
+
+def load_model(path: str | Path) -> Model:
+    """The model in a run folder, in its model/ folder or in an exported one, in eval mode on the CPU.
+
+    Reads no other file and no hub, and runs nothing that the folder holds.
+    Raises UserError when there is no model.
+    """
+    folder = find_model(path)
+    description = read_description(folder)
+    try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the model in {folder} is damaged: {error}") from error
-    if description.get("format") != FORMAT or description.get("kind") != "two_tower":
-        kind, form, version = (description.get(key) for key in ("kind", "format", "mm"))
-        raise UserError(
-            f"{folder} holds a {kind} of format {form}, written by mm {version}; "
-            f"mm {importlib.metadata.version('mm')} reads two_tower of format {FORMAT}"
-        )
     with torch.random.fork_rng(devices=[]):
-        model = TwoTower(
+        towers = TwoTower(
             image_encoder(description["image"]),
             text_encoder(description["text"], folder / TOKENIZER),
             **description["head"],
         )
+        model: Model = towers
+        if description["kind"] == "fused":
+            model = Fused(towers, {name: head(spec) for name, spec in description["heads"].items()})
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

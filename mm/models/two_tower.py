@@ -1,9 +1,9 @@
 """A model that puts images and texts into one space."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from mm.encoders.text import TextConfig, TextEncoder, build_text_encoder
 from mm.errors import UserError
 
 DEFAULT_DIM = 512
+T = TypeVar("T")
 
 
 class TwoTowerConfig(Config):
@@ -130,27 +131,56 @@ class TwoTower(nn.Module):
     def forward(
         self, images: Tensor | None = None, input_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> TwoTowerOutput:
-        """Either or both of images (B, 3, H, W), uint8 or float in [0, 1], and input_ids with mask (B, L)."""
+        """Any of images (B, 3, H, W), uint8 or float in [0, 1], and input_ids with mask (B, L); with neither the
+        scale and the bias alone."""
         image = text = None
         if images is not None:
-            image = unit(self.image_projection(self.image(images).pooled))
+            image = self.project_image(self.image(images).pooled)
         if input_ids is not None:
             assert mask is not None
-            text = unit(self.text_projection(self.text(input_ids, mask).pooled))
+            text = self.project_text(self.text(input_ids, mask).pooled)
         scale = clamp(self.log_scale.float(), 0.0, self.log_scale_max).exp()
         bias = None if self.bias is None else clamp(self.bias.float(), -self.bias_max, self.bias_max)
         return TwoTowerOutput(image, text, scale, bias)
 
-    def encode_image(self, images: Sequence[Image.Image | Tensor], batch_size: int = 64) -> Tensor:
-        """Unit rows (N, D) float32 on the CPU, of PIL images or uint8 tensors (3, H, W) of any size."""
+    def project_image(self, pooled: Tensor) -> Tensor:
+        """Pooled features of images (B, W) in the common space: (B, D) float32, unit rows."""
+        return unit(self.image_projection(pooled))
+
+    def project_text(self, pooled: Tensor) -> Tensor:
+        """Pooled features of texts (B, W) in the common space: (B, D) float32, unit rows."""
+        return unit(self.text_projection(pooled))
+
+    @property
+    def towers(self) -> "TwoTower":
+        """This model: what a model with heads has under this name."""
+        return self
+
+    @property
+    def heads(self) -> Mapping[str, Any]:
+        """None: what a model with heads has under this name."""
+        return {}
+
+    def pixels(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
+        """PIL images or uint8 tensors (3, H, W) of any size as the image tower reads them: uint8 (N, 3, S, S)."""
         from mm.data.transforms import EvalTransform
 
         transform = EvalTransform(self.image.size[0], self.image.resize_mode, self.image.interpolation)
+        return torch.stack([transform(_pixels(one)) for one in images])
+
+    def token_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts as the text tower reads them: ids and mask (N, L). Raises UserError for one text alone."""
+        if isinstance(texts, str):
+            raise UserError(f"a list of texts is expected; give [{texts!r}]")
+        ids, mask = self.text.tokenizer.pad([self.text.tokenizer(text) for text in texts])
+        return ids, mask
+
+    def encode_image(self, images: Sequence[Image.Image | Tensor], batch_size: int = 64) -> Tensor:
+        """Unit rows (N, D) float32 on the CPU, of PIL images or uint8 tensors (3, H, W) of any size."""
         rows = []
-        with self._inference() as device:
-            for start in range(0, len(images), batch_size):
-                pixels = [transform(_pixels(one)) for one in images[start : start + batch_size]]
-                rows.append(self(images=torch.stack(pixels).to(device)).image.cpu())
+        with inference(self) as device:
+            for some in batches(images, batch_size):
+                rows.append(self(images=self.pixels(some).to(device)).image.cpu())
         return torch.cat(rows) if rows else torch.empty(0, self.dim)
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
@@ -158,11 +188,9 @@ class TwoTower(nn.Module):
         if isinstance(texts, str):
             raise UserError(f"encode_text takes a list of texts; give [{texts!r}]")
         rows = []
-        with self._inference() as device:
-            for start in range(0, len(texts), batch_size):
-                ids, mask = self.text.tokenizer.pad(
-                    [self.text.tokenizer(t) for t in texts[start : start + batch_size]]
-                )
+        with inference(self) as device:
+            for some in batches(texts, batch_size):
+                ids, mask = self.token_ids(some)
                 rows.append(self(input_ids=ids.to(device), mask=mask.to(device)).text.cpu())
         return torch.cat(rows) if rows else torch.empty(0, self.dim)
 
@@ -175,15 +203,22 @@ class TwoTower(nn.Module):
                 places |= {f"{tower}.{name}": (tower, depth, len(layers)) for name in names}
         return {name: places.get(name, ("head", 0, 1)) for name, _ in self.named_parameters()}
 
-    @contextmanager
-    def _inference(self) -> Iterator[torch.device]:
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield self.log_scale.device
-        finally:
-            self.train(training)
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[torch.device]:
+    """A model in eval mode and without gradients, and where it computes; afterwards it is as before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        model.train(training)
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """`size` items at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def build_two_tower(config: TwoTowerConfig) -> TwoTower:
