@@ -3,7 +3,6 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,18 +17,12 @@ from mm.data.transforms import EvalTransform
 from mm.data.writer import ShardWriter
 from mm.errors import UserError
 from mm.evaluators import ClassificationConfig, LossConfig, RetrievalConfig, evaluate, retrieve
+from mm.models.two_tower import TwoTower, TwoTowerOutput
 from tests.dist import run_ranks
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120),
            "white": (250, 250, 250), "black": (5, 5, 5), "pink": (250, 150, 180)}  # fmt: skip
 NAMES = list(COLOURS)
-
-
-class TwoTowerOutput(NamedTuple):  # mm.models would import transformers and timm in every rank
-    image: torch.Tensor | None
-    text: torch.Tensor | None
-    scale: torch.Tensor
-    bias: torch.Tensor | None
 
 
 class CharTokenizer:
@@ -46,6 +39,8 @@ class TinyTwoTower(nn.Module):
     """Same surface as mm.models.two_tower.TwoTower; dropout and batch norm show whether it is in evaluation
     mode.
     """
+
+    towers, heads, token_ids = TwoTower.towers, TwoTower.heads, TwoTower.token_ids
 
     def __init__(self, with_bias=False):
         super().__init__()

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from mm.evaluators.captioning import CaptioningConfig, captioning
 from mm.evaluators.classification import ClassificationConfig, classification
-from mm.evaluators.embedding import Embedder, embedding, open_set
+from mm.evaluators.embedding import Embedder, embedding
+from mm.evaluators.entailment import EntailmentConfig, entailment
 from mm.evaluators.loss import LossConfig, loss
+from mm.evaluators.passes import open_set
 from mm.evaluators.retrieval import KS, Ranking, RetrievalConfig, retrieval, retrieve
+from mm.evaluators.task import TaskConfig, task
+from mm.evaluators.vqa import VqaConfig, vqa
 
 if TYPE_CHECKING:
-    from mm.models.two_tower import TwoTower
+    from mm.models.folder import Model
+    from mm.tasks.task import Task
 
 __all__ = [
     "EVALUATORS",
@@ -23,35 +29,62 @@ __all__ = [
     "LossConfig",
     "Ranking",
     "RetrievalConfig",
+    "VqaConfig",
     "evaluate",
     "open_set",
     "retrieve",
 ]
 
-EvaluatorConfig = Annotated[ClassificationConfig | RetrievalConfig | LossConfig, Field(discriminator="kind")]
+EvaluatorConfig = Annotated[
+    ClassificationConfig
+    | RetrievalConfig
+    | LossConfig
+    | VqaConfig
+    | EntailmentConfig
+    | CaptioningConfig
+    | TaskConfig,
+    Field(discriminator="kind"),
+]
 
 EVALUATORS: dict[str, Callable[[Embedder, Any], dict[str, float]]] = {
     "classification": classification,
     "retrieval": retrieval,
     "loss": loss,
+    "vqa": vqa,
+    "entailment": entailment,
+    "captioning": captioning,
+    "task": task,
 }
 
 FIGURES: dict[str, tuple[str, ...]] = {
     "classification": ("accuracy", "accuracy@5", "mean_per_class"),
-    "retrieval": tuple(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in KS),
+    "retrieval": tuple(
+        f"{way}_recall@{k}{how}"
+        for how in ("", "_reranked")
+        for way in ("image_to_text", "text_to_image")
+        for k in KS
+    ),
     "loss": ("val_loss",),
+    "vqa": ("accuracy", "accuracy_*", "answerability_ap"),
+    "entailment": ("accuracy", "consistency"),
+    "captioning": ("cider", "bleu@1", "bleu@2", "bleu@3", "bleu@4"),
+    "task": ("val_loss", "*"),
 }
-"""The figures of each kind by which models are compared; of a loss less is better, of the others more."""
+"""The figures of each kind by which models are compared (`*` stands for any ending); of a loss less is better, of the
+others more."""
 
 
-def evaluate(model: "TwoTower", sets: Mapping[str, EvaluatorConfig]) -> dict[str, dict[str, float]]:
-    """Figures of every set: `{"set": {"accuracy": 0.5, ...}}`, shares in [0, 1].
+def evaluate(
+    model: "Model", sets: Mapping[str, EvaluatorConfig], tasks: "Mapping[str, Task] | None" = None
+) -> dict[str, dict[str, float]]:
+    """Figures of every set: `{"set": {"accuracy": 0.5, ...}}`, shares in [0, 1]. `tasks`: those that the model is
+    learning, by name.
 
     Collective: every rank calls it with the same sets and gets the same figures, bit for bit those of one
     process with as many threads. The model computes where its weights are, in evaluation mode, and is left as
     it was.
 
-    Raises: UserError: a set is missing, empty, or does not fit its class names.
+    Raises: UserError: a set is missing, empty, or does not fit its class names or the model's heads.
     """
-    with embedding(model) as embed:
+    with embedding(model, tasks) as embed:
         return {name: EVALUATORS[config.kind](embed, config) for name, config in sets.items()}

@@ -1,20 +1,28 @@
-"""Zero-shot classification: the class whose prompts are nearest to the image (CLIP, Radford et al. 2021)."""
+"""Classification: the class whose prompts are nearest to the image (zero-shot; CLIP, Radford et al. 2021), or the one
+that a head names.
+"""
 
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from mm import metrics, zeroshot
+from mm.data.lines import read_lines
 from mm.errors import UserError
-from mm.evaluators.embedding import Embedder, SetConfig, beside
+from mm.evaluators.embedding import Embedder, EverythingReading
+from mm.evaluators.passes import Facts, SetConfig, beside, open_set, pass_over, usable
+from mm.models.heads import ClassHead
 
 
 class ClassificationConfig(SetConfig):
     """Images with a class number in `.cls`, named by words."""
 
     kind: Literal["classification"] = "classification"
-    """Zero-shot classification."""
+    """Zero-shot classification, or by a head."""
+    head: str | None = None
+    """A classification head of the model; null: zero-shot, by the class names."""
     classnames: Path | tuple[str, ...] | None = None
     """Names of the classes in the order of their numbers, or a file with one a line; null: the set's
     classnames.txt.
@@ -29,18 +37,22 @@ def classification(embed: Embedder, config: ClassificationConfig) -> dict[str, f
     of the accuracy; chance (1 / classes) and majority (the share of the commonest class); classes, samples,
     bad.
     """
-    names = _lines(config, config.classnames, "classnames.txt")
-    if not names:
-        raise UserError(f"no class names: give `classnames`, or put a classnames.txt into {config.data}")
-    templates = _lines(config, config.templates, "zeroshot_classification_templates.txt") or ["{}"]
-    image, facts, bad = embed.images(config).usable("label")
+    given = config.classnames is not None or beside(config, "classnames.txt") is not None
+    names = _lines(config, config.classnames, "classnames.txt") if given else []
+    if config.head is None:
+        if not names:
+            raise UserError(f"no class names: give `classnames`, or put a classnames.txt into {config.data}")
+        image, facts, bad = embed.images(config).usable("label")
+        templates = _lines(config, config.templates, "zeroshot_classification_templates.txt") or ["{}"]
+        weights = zeroshot.classifier(names, templates, lambda texts: embed.texts(texts, config.batch))
+    else:
+        image, weights, facts, bad, names = _by_head(embed, config, names)
     labels = torch.tensor([fact["label"] for fact in facts], device=image.device)
     if int(labels.max()) >= len(names):
         key = facts[int(labels.argmax())]["key"]
         raise UserError(
             f"sample {key} has class {int(labels.max())}, but there are {len(names)} class names (from 0)"
         )
-    weights = zeroshot.classifier(names, templates, lambda texts: embed.texts(texts, config.batch))
     hits = {
         k: metrics.classification_hits(image, weights, labels, k) for k in (1, 5) if k == 1 or len(names) > k
     }
@@ -58,16 +70,30 @@ def classification(embed: Embedder, config: ClassificationConfig) -> dict[str, f
     }
 
 
+def _by_head(
+    embed: Embedder, config: ClassificationConfig, names: list[str]
+) -> tuple[Tensor, Tensor, list[Facts], int, list[str]]:
+    """The head's logits (N, C) in place of embeddings, and an identity in place of a classifier's rows; facts, how many
+    samples were left out, and the names of the head's classes."""
+    head = embed.head(ClassHead, config.head)
+    if names and names != head.classes:
+        raise UserError(
+            f"the classes of {config.data} ({len(names)}: {', '.join(names[:3])}, ...) are not those that head "
+            f"{config.head} was trained on ({len(head.classes)}: {', '.join(head.classes[:3])}, ...)"
+        )
+    rows, facts = pass_over(
+        config,
+        open_set(config),
+        EverythingReading(embed.transform()),
+        lambda batch, facts: head(embed.features(batch, head.modalities)),
+    )
+    good = usable(facts, "label")
+    identity = torch.eye(len(head.classes), device=rows.device)
+    return rows[good], identity, [facts[i] for i in good], len(facts) - len(good), head.classes
+
+
 def _lines(config: ClassificationConfig, given: Path | tuple[str, ...] | None, name: str) -> list[str]:
     if isinstance(given, tuple):
         return list(given)
     path = given or beside(config, name)
-    if path is None:
-        return []
-    try:
-        lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not all(lines):
-        raise UserError(f"line {lines.index('') + 1} of {path} is empty")
-    return lines
+    return [] if path is None else read_lines(path)

@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mm import losses
-from mm.evaluators.embedding import Embedder, Facts, SetConfig
+from mm.evaluators.embedding import Embedder
+from mm.evaluators.passes import Facts, SetConfig
 
 
 class LossConfig(SetConfig):

@@ -3,13 +3,17 @@
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+from pydantic import Field
+from torch import Tensor
 
 from mm import metrics
 from mm.errors import UserError
-from mm.evaluators.embedding import Embedder, SetConfig, embedding
+from mm.evaluators.embedding import Embedder, embedding
+from mm.evaluators.passes import SetConfig
+from mm.evaluators.reranking import Pairs, rerank
 
 if TYPE_CHECKING:
-    from mm.models.two_tower import TwoTower
+    from mm.models.folder import Model
 
 KS = (1, 5, 10)
 
@@ -23,12 +27,17 @@ class RetrievalConfig(SetConfig):
     """An equal caption of another image is right as well; false: only the image's own, as CLIP_benchmark
     counts.
     """
+    rerank: int | None = Field(None, gt=0)
+    """Let a matching head put the so many best of every query in a new order (ALBEF: 128 for Flickr30k, 256 for
+    COCO); null: the towers' order alone."""
+    head: str | None = None
+    """The matching head; null: the only one there is."""
 
 
 def retrieval(embed: Embedder, config: RetrievalConfig) -> dict[str, float]:
     """Figures, for image_to_text and text_to_image: `..._recall@1`, `@5`, `@10`, each with its `_error`
     (standard error; captions of one image are not independent), and `..._chance` (recall@1 of a random
-    order); samples (images), captions, bad.
+    order); with `rerank` the same under `..._reranked`; samples (images), captions, bad.
     """
     image, facts, bad = embed.images(config).usable("captions")
     captions = [caption for fact in facts for caption in fact["captions"]]
@@ -39,14 +48,20 @@ def retrieval(embed: Embedder, config: RetrievalConfig) -> dict[str, float]:
     if config.equal_captions:
         first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
         text_ids = torch.tensor([first[caption] for caption in captions], device=image.device)
-    ranks = metrics.retrieval(image, embed.texts(captions, config.batch), image_of_text, text_ids)
-    figures: dict[str, float] = {}
-    for k in KS:
-        to_text, to_image = ranks.image_ranks < min(k, len(captions)), ranks.text_ranks < min(k, len(image))
-        figures[f"image_to_text_recall@{k}"] = metrics.share(to_text)
-        figures[f"image_to_text_recall@{k}_error"] = metrics.standard_error(to_text)
-        figures[f"text_to_image_recall@{k}"] = metrics.share(to_image)
-        figures[f"text_to_image_recall@{k}_error"] = metrics.standard_error(to_image, image_of_text)
+    text = embed.texts(captions, config.batch)
+    ranks = metrics.retrieval(image, text, image_of_text, text_ids)
+    figures = _recalls(ranks, image_of_text)
+    if config.rerank:
+        kinds = torch.arange(len(captions), device=image.device) if text_ids is None else text_ids
+        better = rerank(
+            embed,
+            config,
+            config.rerank,
+            config.head,
+            ranks,
+            Pairs(image, text, facts, captions, image_of_text, kinds),
+        )
+        figures |= {_reranked(name): value for name, value in _recalls(better, image_of_text).items()}
     return figures | {
         "image_to_text_chance": ranks.image_chance,
         "text_to_image_chance": ranks.text_chance,
@@ -54,6 +69,22 @@ def retrieval(embed: Embedder, config: RetrievalConfig) -> dict[str, float]:
         "captions": len(captions),
         "bad": bad,
     }
+
+
+def _recalls(ranks: metrics.Retrieval, image_of_text: Tensor) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    images, captions = len(ranks.image_ranks), len(ranks.text_ranks)
+    for k in KS:
+        to_text, to_image = ranks.image_ranks < min(k, captions), ranks.text_ranks < min(k, images)
+        figures[f"image_to_text_recall@{k}"] = metrics.share(to_text)
+        figures[f"image_to_text_recall@{k}_error"] = metrics.standard_error(to_text)
+        figures[f"text_to_image_recall@{k}"] = metrics.share(to_image)
+        figures[f"text_to_image_recall@{k}_error"] = metrics.standard_error(to_image, image_of_text)
+    return figures
+
+
+def _reranked(name: str) -> str:
+    return name.removesuffix("_error") + "_reranked" + ("_error" if name.endswith("_error") else "")
 
 
 class Ranking(NamedTuple):
@@ -64,7 +95,7 @@ class Ranking(NamedTuple):
     scores: list[float]  # cosines
 
 
-def retrieve(model: "TwoTower", config: SetConfig, queries: list[str], top: int) -> list[Ranking]:
+def retrieve(model: "Model", config: SetConfig, queries: list[str], top: int) -> list[Ranking]:
     """The `top` images of a set for each query, of equal scores the earlier first. Collective: all ranks call
     it.
     """

@@ -43,6 +43,11 @@ def content_id(data: bytes) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def text_id(caption: str) -> int:
+    """A 63-bit name of a caption: the same for equal words, whatever their case and spaces."""
+    return content_id(" ".join(caption.lower().split()).encode())
+
+
 class PairPreparation:
     """Raw sample -> one image and one of its captions, as tensors. Runs in the stream's workers."""
 
@@ -70,7 +75,7 @@ class PairPreparation:
             image=image,
             ids=self.tokenizer(template.replace("{}", caption)),
             image_id=content_id(data),
-            text_id=content_id(" ".join(caption.lower().split()).encode()),
+            text_id=text_id(caption),
         )
 
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:

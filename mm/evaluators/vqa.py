@@ -1,0 +1,195 @@
+"""Visual question answering by the official accuracy, and the files that the challenges take."""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm import distributed, metrics
+from mm.data.decode import BadSample
+from mm.data.lines import read_lines
+from mm.data.questions import question
+from mm.data.shards import Sample
+from mm.data.transforms import EvalTransform
+from mm.encoders.text import Tokenizer
+from mm.errors import UserError
+from mm.evaluators.embedding import Embedder
+from mm.evaluators.passes import Facts, Reading, SetConfig, open_set, pass_over, usable
+from mm.files import write_atomically
+from mm.models.generation import generate, rank_candidates
+from mm.models.heads import AnswerHead, WritingHead
+
+UNANSWERABLE = "unanswerable"  # as VizWiz's annotators wrote
+
+
+class VqaConfig(SetConfig):
+    """Questions about images, a sample each."""
+
+    kind: Literal["vqa"] = "vqa"
+    """Visual question answering, by a head."""
+    head: str | None = None
+    """The head that answers; null: the only one that can."""
+    candidates: Path | None = None
+    """For a head that writes: a file with an answer a line, of which the likeliest is taken; null: it writes freely."""
+    candidate_batch: int = 128
+    """For candidates: how many pass their first token's probability and are then read whole."""
+    submission: Path | None = None
+    """Write the answers to this file, as the challenge's server takes them."""
+    submission_format: Literal["vqa", "gqa", "vizwiz"] = "vqa"
+    """`vqa` is VQAv2's, OK-VQA's and TextVQA's."""
+
+
+class _QuestionReading(Reading):
+    """The image and the question; as facts its answers and what else the figures need."""
+
+    def __init__(self, transform: EvalTransform, tokenizer: Tokenizer, reads_images: bool) -> None:
+        super().__init__(transform)
+        self.tokenizer = tokenizer
+        self.reads_images = reads_images
+
+    def __call__(self, sample: Sample | None, facts: Facts) -> tuple[Tensor, list[int]]:
+        image = self.image(sample if self.reads_images else None, facts)
+        text = ""
+        if sample is not None:
+            try:
+                asked = question(sample)
+            except BadSample as error:
+                facts["problems"]["question"] = error.reason
+            else:
+                text = asked.text
+                facts |= {"question_id": asked.id, "answers": asked.answers, "type": asked.answer_type}
+                facts |= {key: asked.about.get(key) for key in ("answerable", "image_id")}
+        return image, self.tokenizer(text)
+
+    def collate(self, items: list[Any]) -> dict[str, Tensor]:
+        """images (B, 3, S, S) uint8, input_ids and mask (B, L)."""
+        input_ids, mask = self.tokenizer.pad([ids for _, ids in items])
+        return {"images": torch.stack([image for image, _ in items]), "input_ids": input_ids, "mask": mask}
+
+
+def vqa(embed: Embedder, config: VqaConfig) -> dict[str, float]:
+    """Figures: accuracy (official, soft) with its standard error, accuracy_TYPE for each type of answer; majority (the
+    accuracy of the commonest answer alone); answerability_ap and answerability_f1 where samples say `answerable`;
+    in_vocabulary, the share of questions to which the head knows a right answer; samples, bad.
+    """
+    answerer = _answerer(embed, config)
+    reading = _QuestionReading(embed.transform(), embed.towers.text.tokenizer, "image" in answerer.modalities)
+    rows, facts = pass_over(config, open_set(config), reading, answerer.compute)
+    good = usable(facts, "question")
+    predictions = [answerer.say(rows[i], facts[i]) for i in good]
+    bad, asked = len(facts) - len(good), [facts[i] for i in good]
+    if config.submission is not None:
+        path = config.submission
+        distributed.on_main(lambda: _write(path, config.submission_format, asked, predictions))
+    known = [i for i, fact in enumerate(asked) if fact["answers"]]
+    if not known:
+        return {"samples": len(asked), "bad": bad}
+    figures = _accuracies([predictions[i] for i in known], [asked[i] for i in known])
+    if answerer.vocabulary is not None:
+        words = set(answerer.vocabulary)
+        inside = [bool(words & metrics.soft_scores(asked[i]["answers"]).keys()) for i in known]
+        figures["in_vocabulary"] = sum(inside) / len(inside)
+    judged = [i for i in known if asked[i]["answerable"] in (0, 1)]
+    if judged:
+        scores = torch.stack([rows[good[i]][1] for i in judged])
+        # as VizWiz's scorer counts, the questions to be found are those that cannot be answered
+        lost = torch.tensor([asked[i]["answerable"] == 0 for i in judged], device=scores.device)
+        figures["answerability_ap"] = metrics.average_precision(1 - scores, lost)
+        figures["answerability_f1"] = metrics.f1(scores < 0.5, lost)
+    return figures | {"samples": len(known), "bad": bad}
+
+
+def _accuracies(predictions: Sequence[str], asked: Sequence[Facts]) -> dict[str, float]:
+    pairs = list(zip(predictions, [fact["answers"] for fact in asked], strict=True))
+    right = [metrics.vqa_accuracy(said, answers) for said, answers in pairs]
+    by_type: dict[str, list[float]] = defaultdict(list)
+    for accuracy, fact in zip(right, asked, strict=True):
+        by_type[re.sub(r"\W+", "_", fact["type"] or "other").strip("_")].append(accuracy)
+    common = Counter(Counter(answers).most_common(1)[0][0] for _, answers in pairs).most_common(1)[0][0]
+    majority = [metrics.vqa_accuracy(common, answers) for _, answers in pairs]
+    images = {
+        str(fact["image_id"]): i for i, fact in enumerate(asked)
+    }  # questions about one are not independent
+    groups = torch.tensor([images[str(fact["image_id"])] for fact in asked]) if len(images) > 1 else None
+    error = metrics.standard_error(torch.tensor(right, dtype=torch.float64), groups)
+    figures = {"accuracy": _mean(right), "accuracy_error": error}
+    if len(by_type) > 1:
+        figures |= {f"accuracy_{kind}": _mean(values) for kind, values in sorted(by_type.items())}
+    return figures | {"majority": _mean(majority)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+class _Answerer(NamedTuple):
+    """How a head answers: rows of a batch, and what a row says."""
+
+    modalities: tuple[str, ...]
+    vocabulary: Sequence[str] | None
+    compute: Callable[[dict[str, Tensor], list[Facts]], Tensor]
+    """(B, 2): the answer's number, and how likely the image answers the question."""
+    say: Callable[[Tensor, Facts], str]
+
+
+def _answerer(embed: Embedder, config: VqaConfig) -> _Answerer:
+    if any(isinstance(head, AnswerHead) for name, head in embed.heads.items() if config.head in (None, name)):
+        return _choosing(embed, embed.head(AnswerHead, config.head))
+    return _writing(embed, embed.head(WritingHead, config.head), config)
+
+
+def _choosing(embed: Embedder, head: AnswerHead) -> _Answerer:
+    place = {answer: i for i, answer in enumerate(head.answers)}.get(UNANSWERABLE)
+
+    def compute(batch: dict[str, Tensor], facts: list[Facts]) -> Tensor:
+        logits, answerable = head(embed.features(batch, head.modalities))
+        if answerable is not None:
+            sure = answerable.sigmoid()
+        else:
+            sure = 1 - logits[:, place].sigmoid() if place is not None else torch.ones_like(logits[:, 0])
+        return torch.stack([logits.argmax(1).float(), sure], 1)
+
+    return _Answerer(head.modalities, head.answers, compute, lambda row, fact: head.answers[int(row[0])])
+
+
+def _writing(embed: Embedder, head: WritingHead, config: VqaConfig) -> _Answerer:
+    tokenizer = embed.towers.text.tokenizer
+    answers = None if config.candidates is None else read_lines(config.candidates)
+    ids = [tokenizer(answer) for answer in answers or ()]
+
+    def compute(batch: dict[str, Tensor], facts: list[Facts]) -> Tensor:
+        memory = head.memory(embed.features(batch, head.modalities))
+        if answers is not None:
+            scores = rank_candidates(head.decoder, *memory, ids, top=config.candidate_batch)
+            return torch.stack([scores.argmax(1).float(), torch.ones(len(scores), device=scores.device)], 1)
+        for fact, written in zip(facts, generate(head.decoder, *memory, all_steps=True), strict=True):
+            fact["written"] = tokenizer.decode(written)
+        return torch.ones(len(facts), 2, device=memory[0].device)
+
+    def say(row: Tensor, fact: Facts) -> str:
+        return fact["written"] if answers is None else answers[int(row[0])]
+
+    return _Answerer(head.modalities, answers, compute, say)
+
+
+def _write(path: Path, form: str, asked: Sequence[Facts], predictions: Sequence[str]) -> None:
+    keys = {
+        "vqa": ("question_id", "answer"),
+        "gqa": ("questionId", "prediction"),
+        "vizwiz": ("image", "answer"),
+    }
+    source = "image_id" if form == "vizwiz" else "question_id"
+    if any(fact[source] is None for fact in asked):
+        raise UserError(f"submission_format={form} needs `{source}` in the samples' json")
+    name, value = keys[form]
+    rows = [{name: fact[source], value: said} for fact, said in zip(asked, predictions, strict=True)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(rows, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"submission={path} cannot be written: {error.strerror}; name another file") from None
