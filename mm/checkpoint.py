@@ -49,6 +49,8 @@ class TrainState:
     bad: int = 0
     """Samples that could not be used and were replaced."""
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
+    since_best: int = 0
+    """Evaluations since that of the best metric."""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     version: int = VERSION
 

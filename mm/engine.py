@@ -117,7 +117,7 @@ class Engine:
             self.ema = {n: p.weight.detach().clone() for n, p in pieces if p.state_key is not None}
 
     def step(self, batches: Sequence[Batch], lr: float | Mapping[str, float]) -> StepResult:
-        """Learn from this rank's micro-batches (as many as `accumulation`) at rate `lr`, or at one a tower.
+        """Learn from this rank's micro-batches (as many as `accumulation`) at rate `lr`, or at those by name.
 
         Dropout and all else that draws from torch's generators depends on (seed, step, rank) alone. A step
         whose gradients are not finite is skipped by all ranks.
@@ -258,7 +258,7 @@ class Engine:
 
     def _set_rates(self, lr: float | Mapping[str, float]) -> None:
         for group in self._optimizer.param_groups:
-            rate = lr if isinstance(lr, float | int) else lr[group["tower"]]
+            rate = lr if isinstance(lr, float | int) else lr[group["rate"]]
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
     def _clip(self) -> tuple[Tensor, bool]:
@@ -360,5 +360,8 @@ def _mix(*numbers: int) -> int:
     return state >> 1
 
 
-def _to(batch: Batch, device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def _to(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors, those of batches inside it too, on the device."""
+    if isinstance(value, Mapping):
+        return {key: _to(inner, device) for key, inner in value.items()}
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -36,10 +36,15 @@ class OptimConfig(Config):
     """Factor on the rate of the text tower."""
     head_lr: float = Field(default=1.0, ge=0)
     """Factor on the rate of what is in neither tower: projections, scale, bias."""
+    new_lr: float = Field(default=1.0, ge=0)
+    """Factor on the rate of what fine-tuning adds: fusions, classifiers, decoders."""
     image_delay: int = Field(default=0, ge=0)
     """Samples during which the image tower's rate stays 0; its own warm-up follows."""
     text_delay: int = Field(default=0, ge=0)
     """Samples during which the text tower's rate stays 0; its own warm-up follows."""
+    unfreeze_every: int = Field(default=0, ge=0)
+    """Samples from a tower's last layer on to the one below it, and so on: each begins so much later
+    (gradual unfreezing, ULMFiT, Howard and Ruder 2018, arXiv:1801.06146); 0: all begin together."""
 
 
 def learning_rate(
@@ -70,10 +75,12 @@ def learning_rate(
     return lr * (lr_end + (1 - lr_end) * shapes[schedule]())
 
 
-def learning_rates(samples: int, total: int, config: OptimConfig, batch: int = 0) -> dict[str, float]:
-    """Rate of each tower ("image", "text", "head") for the step that starts after `samples` samples.
+def learning_rates(
+    samples: int, total: int, config: OptimConfig, batch: int = 0, delays: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Rate by name for the step that starts after `samples` samples: image, text, head, new, and those of `delays`.
 
-    A delayed tower's rate is 0 until its delay has passed, then rises over its own warm-up. Factors on
+    What is delayed has rate 0 until its delay (in samples) has passed, then rises over its own warm-up. Factors on
     whole towers are in the parameter groups, not here.
     """
     rate = learning_rate(
@@ -85,8 +92,9 @@ def learning_rates(samples: int, total: int, config: OptimConfig, batch: int = 0
         lr_end=config.lr_end,
         batch=batch,
     )
-    delays = {"image": config.image_delay, "text": config.text_delay, "head": 0}
-    return {tower: rate * _after_delay(samples, d, config.warmup, batch) for tower, d in delays.items()}
+    towers = {"image": config.image_delay, "text": config.text_delay, "head": 0, "new": 0}
+    every = {**towers, **(delays or {})}
+    return {name: rate * _after_delay(samples, d, config.warmup, batch) for name, d in every.items()}
 
 
 def _after_delay(samples: int, delay: int, warmup: int, batch: int) -> float:
@@ -102,24 +110,46 @@ def parameter_groups(
     layers: Mapping[str, tuple[str, int, int]],
     config: OptimConfig,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups {params, names, tower, lr_scale, weight_decay}, one for each (tower, scale, decay).
+    """Optimizer groups {params, names, tower, rate, delay, lr_scale, weight_decay}, one for each kind.
 
     `layers` gives a name's (tower, depth, depths), depth 0 at the input and `depths - 1` at the output, which
     has the whole rate; names it lacks are "head", with no layer decay. Locked parameters (requires_grad
-    False) are left out.
+    False) are left out. `rate` is the name in `learning_rates` of the group's rate, `delay` when it begins.
     """
-    factors = {"image": config.image_lr, "text": config.text_lr, "head": config.head_lr}
-    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
+    factors = {
+        "image": config.image_lr,
+        "text": config.text_lr,
+        "head": config.head_lr,
+        "new": config.new_lr,
+    }
+    delays = {"image": config.image_delay, "text": config.text_delay}
+    groups: dict[tuple[str, float, float, int], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         tower, depth, depths = layers.get(name, ("head", 0, 1))
-        scale = factors.get(tower, 1.0) * config.layer_decay ** (depths - 1 - depth)
+        above = depths - 1 - depth
+        later = above * config.unfreeze_every if tower in delays else 0
+        delay = delays.get(tower, 0) + later
+        scale = factors.get(tower, 1.0) * config.layer_decay**above
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault(
-            (tower, scale, decay),
-            {"params": [], "names": [], "tower": tower, "lr_scale": scale, "weight_decay": decay},
+            (tower, scale, decay, delay),
+            {
+                "params": [],
+                "names": [],
+                "tower": tower,
+                "rate": f"{tower}@{delay}" if later else tower,
+                "delay": delay,
+                "lr_scale": scale,
+                "weight_decay": decay,
+            },
         )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def rate_delays(groups: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """When the rates of some groups begin, in samples, by their names: for `learning_rates`."""
+    return {group["rate"]: group["delay"] for group in groups}

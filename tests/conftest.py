@@ -17,7 +17,7 @@ os.environ |= {
     "MPLBACKEND": "Agg",
 }
 
-install_import_hook(["mm.losses", "mm.metrics"], "beartype.beartype")
+install_import_hook(["mm.losses", "mm.metrics", "mm.fusion"], "beartype.beartype")
 
 from mm.program import prepare_libraries  # noqa: E402 (after the import hook)
 

@@ -19,10 +19,10 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 BASE = ("mm.config", "mm.errors", "mm.distributed")
 ENCODERS = (*BASE, "mm.encoders")
 MODELS = (*ENCODERS, "mm.fusion", "mm.losses", "mm.metrics", "mm.batchnorm", "mm.models")
-TASKS = (*MODELS, "mm.zeroshot", "mm.evaluators", "mm.optim", "mm.data", "mm.tasks")
+TASKS = (*MODELS, "mm.answers", "mm.zeroshot", "mm.evaluators", "mm.optim", "mm.data", "mm.tasks")
 LIBRARIES = {
-    "torch", "torchvision", "timm", "transformers", "tokenizers", "open_clip", "safetensors", "numpy",
-    "einops", "jaxtyping", "huggingface_hub", "pydantic", "PIL",
+    "torch", "torchvision", "timm", "transformers", "tokenizers", "open_clip", "peft", "safetensors", "numpy",
+    "einops", "jaxtyping", "huggingface_hub", "pydantic", "PIL", "pycocoevalcap",
 }  # fmt: skip
 # module -> what it may import of mm
 KNOWS = {
@@ -31,12 +31,13 @@ KNOWS = {
     "mm.config": ("mm.config", "mm.errors"),
     "mm.distributed": ("mm.errors",),
     "mm.losses": ENCODERS,
-    "mm.metrics": ENCODERS,
-    "mm.fusion": ENCODERS,
+    "mm.metrics": (*ENCODERS, "mm.metrics"),
+    "mm.answers": (*ENCODERS, "mm.metrics"),
+    "mm.fusion": (*ENCODERS, "mm.fusion"),
     "mm.encoders": ENCODERS,
     "mm.models": (*MODELS, "mm.files", "mm.data.transforms", "mm.data.decode"),
     "mm.data.curation": (*BASE, "mm.files", "mm.data", "mm.log", "mm.program", "mm.models", "mm.report"),
-    "mm.data": (*BASE, "mm.files", "mm.data", "mm.log", "mm.program"),
+    "mm.data": (*BASE, "mm.files", "mm.data", "mm.log", "mm.program", "mm.metrics"),
     "mm.tasks": TASKS,
 }
 TORCH_ONLY = ("mm.losses", "mm.metrics", "mm.fusion", "mm.encoders")
@@ -247,7 +248,8 @@ def config_class(module: str) -> type[Config]:
     own = [
         c for c in sections(list(vars(importlib.import_module(module)).values())) if c.__module__ == module
     ]
-    parts = {part for c in own for name in c.model_fields for part in sections(inside([c], name))}
+    below = [inside([c], name) for c in own for name in c.model_fields]
+    parts = {part for options in below for part in sections([*options, *inside(options, "NAME")])}
     (top,) = [c for c in own if c not in parts]
     assert issubclass(top, Config)
     return top

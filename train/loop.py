@@ -2,17 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mm import checkpoint, distributed
 from mm.checkpoint import TrainState
 from mm.config import Config
 from mm.data.ledger import Ledger
-from mm.data.stream import Stream, StreamBatch
+from mm.data.stream import StreamBatch
 from mm.engine import Engine, StepResult
 from mm.errors import UserError
 from mm.log import Log, message
@@ -39,6 +39,16 @@ class EvaluationConfig(Config):
     """Evaluate before the first step too, to have something to compare with."""
     best: str | None = None
     """SET/FIGURE that decides which weights `model/` holds, as in `val/accuracy`; null: the last ones."""
+    patience: int | None = Field(default=None, gt=0)
+    """End the run after this many evaluations in a row without a better `best`; null: never."""
+
+    @model_validator(mode="after")
+    def _patience_waits_for_something(self) -> "EvaluationConfig":
+        if self.patience and not (self.best and self.every):
+            raise ValueError(
+                f"patience={self.patience} needs `best` (of which metric) and `every` (how often)"
+            )
+        return self
 
 
 @dataclass
@@ -72,7 +82,7 @@ class Loop:
         self,
         run: Path,
         engine: Engine,
-        stream: Stream,
+        stream: Iterable[StreamBatch],
         state: TrainState,
         schedule: Schedule,
         log: Log,
@@ -83,6 +93,7 @@ class Loop:
         best: str | None,
         keep: int,
         max_bad: float,
+        patience: int | None = None,
     ) -> None:
         self.run = run
         self.engine = engine
@@ -96,16 +107,26 @@ class Loop:
         self.best = best
         self.keep = keep
         self.max_bad = max_bad
+        self.patience = patience
         self.ledger = Ledger(run / BAD_SAMPLES)
         self.bad: list[dict] = []
         self.skipped = 0
         self._restart_clock()
 
     def __call__(self) -> None:
-        """Train to the end."""
+        """Train to the end, or until patience is lost."""
         batches = iter(self.stream)
-        while self.state.step < self.schedule.steps:
+        while self.state.step < self.schedule.steps and not self._is_out_of_patience():
             self._step(batches)
+        if self._is_out_of_patience():
+            best = self.state.best
+            message(
+                f"stopped at step {self.state.step:,}: {self.best} has not become better in {self.state.since_best} "
+                f"evaluations, since step {best.get('step', 0):,}"
+            )
+
+    def _is_out_of_patience(self) -> bool:
+        return self.patience is not None and self.state.since_best >= self.patience
 
     def _step(self, batches: Iterator[StreamBatch]) -> None:
         asked = time.perf_counter()
@@ -126,6 +147,7 @@ class Loop:
             self._log_step(rates, result)
         evaluated = last or bool(schedule.evaluate_every and step % schedule.evaluate_every == 0)
         better = evaluated and self._evaluate()
+        last = last or self._is_out_of_patience()
         saved = last or better or step % schedule.save_every == 0
         # before the checkpoint: a kill between the two repeats this step and writes the model again
         if better or (last and not self.state.best):
@@ -204,12 +226,14 @@ class Loop:
             return False
         value = figure(figures, self.best)
         name, before = self.best, self.state.best.get("value")
-        lower_is_better = name.rpartition("/")[2].endswith("loss")
+        lower_is_better = name.endswith("loss")
+        self.state.since_best += 1
         if not math.isfinite(value):
             return False
         if before is not None and (value >= before if lower_is_better else value <= before):
             return False
         self.state.best = {"name": name, "value": value, "step": self.state.step}
+        self.state.since_best = 0
         return True
 
     def _save(self) -> None:

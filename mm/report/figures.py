@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from mm.report.history import History
 
 COUNTS = ("samples", "captions", "classes")
-RECALL = re.compile(r"(image_to_text|text_to_image)_recall@(\d+)")
+RECALL = re.compile(r"(image_to_text|text_to_image)_recall@(\d+)(_reranked)?")
+SHARES = ("accuracy", "mean_per_class", "consistency", "in_vocabulary", "answerability", "bleu@")
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
@@ -89,7 +90,8 @@ def label(key: str) -> str:
     """A figure's name for a reader."""
     recall = RECALL.fullmatch(key)
     if recall:
-        return f"{DIRECTIONS[recall.group(1)]}, recall@{recall.group(2)}"
+        again = ", re-ranked" if recall.group(3) else ""
+        return f"{DIRECTIONS[recall.group(1)]}, recall@{recall.group(2)}{again}"
     return (
         key.replace("_", " ").replace("@", " in top ")
         if key.startswith("accuracy")
@@ -130,7 +132,8 @@ def panels(history: History) -> Iterator[Panel]:
         for key in values:
             recall = RECALL.fullmatch(key)
             if recall:
-                title = f"{name}: {DIRECTIONS[recall.group(1)]}"
+                again = ", re-ranked" if recall.group(3) else ""
+                title = f"{name}: {DIRECTIONS[recall.group(1)]}{again}"
                 groups.setdefault(title, []).append((key, f"recall@{recall.group(2)}"))
             elif _is_share(key) and _is_result(key):
                 groups.setdefault(name, []).append((key, label(key)))
@@ -146,7 +149,7 @@ def _is_result(key: str) -> bool:
 
 
 def _is_share(key: str) -> bool:
-    return key.startswith(("accuracy", "mean_per_class")) or "recall@" in key
+    return key.startswith(SHARES) or "recall@" in key
 
 
 def _show(key: str, value: Any, places: int = 1) -> str:

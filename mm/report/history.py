@@ -26,6 +26,7 @@ class History:
     ends: list[dict[str, Any]] = field(default_factory=list)
     saves: list[dict[str, Any]] = field(default_factory=list)
     suites: dict[str, Figures] = field(default_factory=dict)
+    wise_ft: dict[str, Any] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
@@ -95,6 +96,8 @@ def read(run: Path) -> History:
             results = json.loads(_text(suite))
             if isinstance(results, dict) and _are_figures(results.get("figures")):
                 history.suites[suite.stem] = results["figures"]
+    with suppress(ValueError):
+        history.wise_ft = _averages(json.loads(_text(run / "wise_ft.json")))
     for line in _lines(run / "bad_samples.jsonl"):
         # what follows the colon differs from sample to sample
         reason = str(line.get("reason", "unknown")).partition(":")[0]
@@ -105,6 +108,16 @@ def read(run: Path) -> History:
     if path.exists():
         history.written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     return history
+
+
+def _averages(value: Any) -> dict[str, Any]:
+    """What `wise_ft.json` holds; empty where it is not what is expected."""
+    rows = value.get("curve") if isinstance(value, dict) else None
+    sides = ("alpha", "target", "reference")
+    good = isinstance(rows, list) and all(
+        isinstance(row, dict) and all(_is_number(row.get(side)) for side in sides) for row in rows
+    )
+    return value if good and rows else {}
 
 
 def _by_step(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ def render(run: Path, history: History, gallery: str) -> str:
         _loss(history),
         gallery,
         _metrics(history),
+        _wise_ft(history),
         _training(history),
         _next(run, history),
         _about(history),
@@ -191,6 +192,23 @@ def _metrics(history: History) -> str:
         keys = _keys(curves, chance=panel.chance is not None)
         plots.append(f"<figure><h3>{escape(panel.title)}</h3>{keys}{drawn}</figure>")
     return f'<h2>Evaluations over time</h2><div class="plots">{"".join(plots)}</div>' if plots else ""
+
+
+def _wise_ft(history: History) -> str:
+    """What averages of the first and the last weights are good for."""
+    if not history.wise_ft:
+        return ""
+    rows = history.wise_ft["curve"]
+    curves = [
+        Curve(str(history.wise_ft.get(side)), [(row["alpha"], row[side]) for row in rows], colour, dots=True)
+        for side, colour in (("target", "c1"), ("reference", "c2"))
+    ]
+    drawn = plot(curves, size=(480, 240), percent=all(0 <= v <= 1 for c in curves for _, v in c.points))
+    about = (
+        "Averages of the weights before (0) and after fine-tuning (1): the figure that it is for, and one that must not "
+        f"suffer. <code>model/</code> holds {history.wise_ft.get('kept', 1):g}."
+    )
+    return f'<h2>WiSE-FT</h2><p class="faint about">{about}</p><figure>{_keys(curves)}{drawn}</figure>'
 
 
 def _keys(curves: Sequence[Curve], chance: bool = False) -> str:

@@ -1,0 +1,320 @@
+"""The program of fine-tuning, as users start it: alone, under torchrun, killed, gone on with, and refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mm
+from eval import suite
+from mm.config import dump
+from mm.errors import UserError
+from mm.models.folder import save_model
+from mm.models.fused import Fused
+from tests import tiny
+from tests.dist import alone
+from tests.test_pretrain import events, losses
+from train import finetune
+
+ROOT = Path(__file__).parent.parent
+FUSION = "task.fusion={kind: cross, width: 16, heads: 2, layers: 1}"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A pretrained model and a set of every kind."""
+    folder = tmp_path_factory.mktemp("finetune")
+    save_model(folder / "pretrained" / "model", tiny.towers(7), about={"step": 3})
+    for name, make, count in (
+        ("questions", tiny.questions, 96),
+        ("labels", tiny.labelled, 64),
+        ("captions", tiny.captioned, 64),
+        ("statements", tiny.statements, 48),
+    ):
+        make(folder / name, count)
+    return folder
+
+
+def arguments(root, config, place, *more, out):
+    """A debug config made a matter of seconds: 8 steps, a checkpoint every 2."""
+    return [
+        f"configs/debug/{config}.yaml", "make=null", "image={}", f"model={root}/pretrained",
+        f"data.shards={root}/{place}",
+        "data.workers=1", "samples=256", "batch=32", "optim.warmup=32", "checkpoint.every=64", "evaluate.every=128",
+        "log.every=1", "log.tensorboard=false", f"out={out}", *more,
+    ]  # fmt: skip
+
+
+def vqa(root, out, *more):
+    sets = f"sets={{test: {{kind: vqa, data: {root}/questions, batch: 16, workers: 0}}}}"
+    return arguments(root, "finetune_vqa", "questions", FUSION, sets, *more, out=out)
+
+
+def retrieval(root, out, *more):
+    sets = f"sets={{test: {{kind: retrieval, data: {root}/captions, batch: 16, workers: 0, rerank: 4}}}}"
+    fusion = FUSION.replace("task.fusion", "task.matching.fusion")
+    return arguments(
+        root, "finetune_retrieval", "captions", fusion, sets, "report.gallery=test", *more, out=out
+    )
+
+
+def program(*words, ranks=0, **kwargs):
+    launcher = [sys.executable, "-m", "train.finetune"]
+    if ranks:
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+        ]
+        launcher = [*torchrun, "-m", "train.finetune"]
+    env = {**alone(), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launcher, *map(str, words)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, **kwargs,
+    )  # fmt: skip
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(run):
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """A VQA run from start to end without a disturbance."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return run, finish(program(*vqa(root, run)))
+
+
+def test_a_run_leaves_a_model_that_answers(whole, root):
+    run, output = whole
+    assert "done:" in output and (run / "report.html").exists()
+    assert sorted(losses(run)) == list(range(1, 9))
+    model = mm.load(run)
+    assert isinstance(model, Fused)
+    pictures = [torch.full((3, 40, 40), 200, dtype=torch.uint8)] * 3
+    answers = model.answer(pictures, ["what colour is it?"] * 3)
+    assert set(answers) <= set(tiny.NAMES)
+    torch.testing.assert_close(model.encode_image(pictures).norm(dim=1), torch.ones(3))
+    (end,) = events(run, "end")
+    assert end["step"] == 8
+
+
+def test_evaluating_the_run_afterwards_gives_the_figures_it_ended_with(whole, root, tmp_path):
+    run, _ = whole
+    config = tmp_path / "suite.yaml"
+    config.write_text(f"sets: {{test: {{kind: vqa, data: {root}/questions, batch: 16, workers: 0}}}}")
+    for model in (run, max((run / "checkpoints").glob("step_*"))):
+        suite.main([str(config), f"model={model}", f"out={tmp_path}/out.json"])
+        found = json.loads((tmp_path / "out.json").read_text())["figures"]["test"]
+        best = max(line["figures"]["test"]["accuracy"] for line in events(run, "eval"))
+        assert found["accuracy"] == pytest.approx(best, abs=1e-6)
+
+
+def test_a_killed_run_ends_with_the_very_weights(whole, root, tmp_path):
+    run, _ = whole
+    killed = tmp_path / "killed"
+    process = program(*vqa(root, killed), start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints" / "step_00000004").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(program(*vqa(root, killed)))
+    assert losses(killed) == losses(run)
+    ours, theirs = weights(killed), weights(run)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_ranks_are_one_process_and_either_goes_on_with_the_other(root, tmp_path):
+    two = tmp_path / "two"
+    dropout = "task.fusion.dropout=0"  # which is drawn for each rank
+    finish(program(*vqa(root, tmp_path / "one", dropout)))
+    finish(program(*vqa(root, two, dropout, "engine.zero_stage=3", "engine.persist_below=0"), ranks=2))
+    before, after = losses(tmp_path / "one"), losses(two)
+    assert max(abs(before[step] - after[step]) for step in before) < 1e-4
+    for later in sorted((two / "checkpoints").glob("step_*"))[1:]:
+        shutil.rmtree(later)
+    assert "goes on from step" in finish(program(*vqa(root, two, dropout)))
+    mixed = losses(two)
+    assert max(abs(before[step] - mixed[step]) for step in before) < 1e-4
+
+
+def test_retrieval_with_matching_runs_on_two_ranks_as_on_one(root, tmp_path):
+    off = "task.matching.fusion.dropout=0"
+    one, two = tmp_path / "one", tmp_path / "two"
+    finetune.main(retrieval(root, one, off))
+    finish(program(*retrieval(root, two, off), ranks=2))
+    before, after = losses(one), losses(two)
+    assert max(abs(before[step] - after[step]) for step in before) < 1e-4
+    (last,) = events(two, "eval")[-1:]
+    assert "image_to_text_recall@1_reranked" in last["figures"]["test"]
+    assert 0 <= mm.load(one).match([torch.zeros(3, 9, 9, dtype=torch.uint8)], ["a cat"]).item() <= 1
+
+
+def test_several_tasks_share_the_towers(root, tmp_path):
+    other = (
+        f"auxiliary={{pairs: {{task: {{kind: retrieval}}, data: {{shards: {root}/captions, workers: 0}}, "
+        "batch: 16, weight: 0.5}}"
+    ).replace("}}}}", "}}")
+    finetune.main(vqa(root, tmp_path / "run", other, "text.lock=false"))
+    lines = events(tmp_path / "run", "train")
+    assert {"main_loss", "main_accuracy", "pairs_loss", "pairs_scale"} <= lines[0].keys()
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["main_loss"] + 0.5 * line["pairs_loss"], rel=1e-5)
+    (end,) = events(tmp_path / "run", "end")
+    assert end["coverage"]["pairs"]["samples"] == 128 and end["coverage"]["main"]["samples"] == 256
+
+
+def test_lora_trains_little_and_its_model_is_plain(root, tmp_path):
+    run = tmp_path / "run"
+    lora = ["image.lora={rank: 2}", "text.lora={rank: 2}", "text.lock=false"]
+    finetune.main(vqa(root, run, *lora))
+    start, tuned = mm.load(root / "pretrained"), mm.load(run)
+    assert not any("lora" in name for name in tuned.state_dict())
+    moved = {
+        name for name, value in start.image.state_dict().items()
+        if not torch.equal(value, tuned.towers.image.state_dict()[name])
+    }  # fmt: skip
+    assert moved and all(name.endswith("weight") and "blocks" in name for name in moved)
+    suite_config = tmp_path / "suite.yaml"
+    suite_config.write_text(f"sets: {{test: {{kind: vqa, data: {root}/questions, batch: 16, workers: 0}}}}")
+    newest = max((run / "checkpoints").glob("step_*"))
+    suite.main([str(suite_config), f"model={newest}", f"out={tmp_path}/out.json"])
+
+
+def test_a_run_stops_when_patience_is_lost_and_does_not_go_on(root, tmp_path):
+    run = tmp_path / "run"
+    # rates of zero: nothing gets better after the first evaluation
+    still = ["optim.lr=0", "evaluate.every=32", "evaluate.patience=2", "evaluate.best=test/accuracy"]
+    finetune.main(vqa(root, run, *still))
+    assert [line["step"] for line in events(run, "eval")] == [1, 2, 3]
+    assert len(losses(run)) == 3
+    finetune.main(vqa(root, run, *still))
+    assert len(losses(run)) == 3
+
+
+def test_averages_with_the_start_are_evaluated_and_one_is_kept(root, tmp_path):
+    run = tmp_path / "run"
+    sets = (
+        f"sets={{mine: {{kind: classification, data: {root}/labels, head: classes, workers: 0}}, "
+        f"zero: {{kind: classification, data: {root}/labels, workers: 0}}}}"
+    )
+    wise = "wise_ft={target: mine/accuracy, reference: zero/accuracy, alphas: [0, 0.5, 1], keep: 0.5}"
+    task = "task={kind: classification, init: zeroshot}"
+    words = arguments(root, "finetune_vqa", "labels", task, sets, wise, "evaluate.best=null", out=run)
+    finetune.main(words)
+    result = json.loads((run / "wise_ft.json").read_text())
+    assert [row["alpha"] for row in result["curve"]] == [0, 0.5, 1] and result["kept"] == 0.5
+    last = events(run, "eval")[-1]["figures"]
+    assert result["curve"][2]["target"] == pytest.approx(last["mine"]["accuracy"])
+    # the start is the zero-shot classifier
+    assert result["curve"][0]["target"] == pytest.approx(result["curve"][0]["reference"])
+    kept = weights(run)
+    assert "WiSE-FT" in (run / "report.html").read_text()
+    finetune.main(words)  # again: it has been averaged already
+    assert all(torch.equal(value, kept[name]) for name, value in weights(run).items())
+
+
+@pytest.mark.parametrize(
+    ("place", "task", "kind"),
+    [
+        ("labels", "{kind: classification}", "classification, head: classes"),
+        ("captions", "{kind: captioning, decoder: {width: 16, heads: 2, layers: 1, length: 6}}", "captioning"),
+        ("statements", "{kind: entailment, fusion: {kind: merged, width: 16, heads: 2, layers: 1}}", "entailment"),
+        (
+            "questions",
+            "{kind: open_vqa, fusion: {width: 16, heads: 2, layers: 1}, decoder: {width: 16, heads: 2, layers: 1, "
+            "length: 4}}",
+            "vqa",
+        ),
+    ],
+)  # fmt: skip
+def test_every_task_runs_through_the_program(root, tmp_path, place, task, kind):
+    sets = f"sets={{test: {{kind: {kind}, data: {root}/{place}, batch: 16, workers: 0}}}}"
+    words = arguments(
+        root, "finetune_vqa", place, f"task={task}", sets, "evaluate.best=null", "samples=96",
+        "evaluate.every=null", out=tmp_path / "run",
+    )  # fmt: skip
+    finetune.main(words)
+    assert mm.load(tmp_path / "run").heads
+    assert events(tmp_path / "run", "eval")[-1]["figures"]["test"]["samples"] > 0
+
+
+def test_a_fine_tuned_model_goes_on_to_another_task_with_its_fusion(whole, root, tmp_path, capfd):
+    run, _ = whole
+    words = vqa(root, tmp_path / "more", f"model={run}", "samples=64")
+    finetune.main(words)
+    assert "taken  vqa" in capfd.readouterr().out
+    fusion = FUSION.split("=")[1]
+    task = (
+        f"task={{kind: open_vqa, fusion: {fusion}, decoder: {{width: 16, heads: 2, layers: 1, length: 4}}}}"
+    )
+    finetune.main(vqa(root, tmp_path / "open", f"model={run}", "samples=64", task, "evaluate.best=null"))
+    assert "the fusion of open_vqa" in capfd.readouterr().out
+
+
+def test_the_control_from_scratch_has_the_same_form_and_other_weights(root, tmp_path):
+    run = tmp_path / "run"
+    finetune.main(vqa(root, run, "scratch=true", "text.lock=false", "samples=32", "optim.warmup=0"))
+    ours, start = mm.load(run), mm.load(root / "pretrained")
+    assert ours.towers.image.spec == start.image.spec
+    name = "trunk.patch_embed.proj.weight"
+    difference = ours.towers.image.state_dict()[name] - start.image.state_dict()[name]
+    assert difference.abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=no/such/run", "there is no model in no/such/run"),
+        ("model=null", "either model=RUN or towers="),
+        ("task.kind=vqs", 'did you mean "vqa"'),
+        ("task.fusion.heads=3", "heads"),
+        ("evaluate.best=test/acuracy", "figures of test are"),
+        ("evaluate.patience=2", "patience=2 needs"),
+        ("image.size=33", "33"),
+        ("task.vocabulary.min_count=1000", "1000|1,000"),
+        ("wise_ft={target: test/accuracy, reference: nothing/accuracy}", "nothing"),
+    ],
+)
+def test_mistakes_are_named_before_the_first_step(root, tmp_path, override, message):
+    words = vqa(root, tmp_path / "run", "evaluate.best=null", "evaluate.every=null")
+    with pytest.raises(UserError, match=message):
+        finetune.main([*words, override])
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_changed_task_is_refused_with_the_differences(whole, root):
+    run, _ = whole
+    with pytest.raises(UserError, match=r"task\.label_smoothing: 0\.0 -> 0\.1"):
+        finetune.main(vqa(root, run, "task.label_smoothing=0.1"))
+
+
+def test_the_resolved_config_repeats_the_run(whole, tmp_path):
+    run, _ = whole
+    from mm.config import load
+
+    config = load(finetune.FinetuneConfig, run / "config.yaml")
+    assert dump(config) == (run / "config.yaml").read_text()

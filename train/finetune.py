@@ -1,0 +1,260 @@
+"""Fine-tune a pretrained model: `python -m train.finetune CONFIG model=RUN [key=value ...]`.
+
+The same under `torchrun --nproc-per-node N -m train.finetune` and `deepspeed --module train.finetune`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import Field, model_validator
+
+from mm import distributed, program
+from mm.checkpoint import TrainState
+from mm.config import Config, parse
+from mm.data.shots import write_shots
+from mm.data.stream import Stream, StreamConfig
+from mm.data.streams import Streams
+from mm.data.transforms import AugmentConfig, TrainTransform
+from mm.encoders.lora import lora_scalings, merge_lora
+from mm.engine import Engine
+from mm.errors import UserError
+from mm.models.adapt import ImageAdaptation, TextAdaptation, adapt
+from mm.models.folder import Model, load_model
+from mm.models.fused import Fused, go_on_with_heads
+from mm.models.two_tower import TwoTowerConfig, build_two_tower
+from mm.optim import parameter_groups
+from mm.run import open_run
+from mm.tasks.registry import TASKS, TaskConfig
+from mm.tasks.task import Given, Task, Training, lock_unused
+from train.measuring import measure_heads
+from train.session import MakeConfig, RunConfig, check_figure, finish, make_data, train
+from train.wise_ft import WiseFtConfig, wise_ft
+
+MAIN = "main"
+BEGINNING = 16  # batches, of which as many are looked at as new heads need
+
+
+class AuxiliaryConfig(Config):
+    """One more task that the model learns at the same time."""
+
+    task: TaskConfig
+    """What it learns."""
+    weight: float = Field(1.0, gt=0)
+    """Of its loss in the sum; the main task's is 1."""
+    batch: int = Field(gt=0)
+    """Its samples in every step, over all ranks."""
+    data: StreamConfig
+    """Its training stream."""
+    augment: AugmentConfig | None = None
+    """How its images are varied; null: as those of the main task."""
+    make: MakeConfig | None = None
+    """Data that is made on first use."""
+
+
+class ShotsConfig(Config):
+    """A few samples of each class in place of all."""
+
+    per_class: int = Field(gt=0)
+    """How many."""
+    seed: int = 0
+    """Which; those of a seed are among the more of the same seed."""
+
+
+class FinetuneConfig(RunConfig):
+    model: Path | None = None
+    """What to start from: a run, its model/ folder, or an exported folder."""
+    towers: TwoTowerConfig | None = None
+    """In place of `model`: towers by name, with their published weights or random ones, as in pretraining."""
+    scratch: bool = False
+    """Start from random weights in the same architecture (the control)."""
+    image: ImageAdaptation = ImageAdaptation()
+    """How the image tower is changed before it is trained."""
+    text: TextAdaptation = TextAdaptation()
+    """How the text tower is changed before it is trained."""
+    task: TaskConfig
+    """What the model learns."""
+    data: StreamConfig
+    """The training stream."""
+    shots: ShotsConfig | None = None
+    """Train on a few samples of each class (k-shot); null: on all."""
+    augment: AugmentConfig = AugmentConfig()
+    """How a training image is varied."""
+    auxiliary: dict[str, AuxiliaryConfig] = {}
+    """Further tasks by name, learnt at the same time (multi-task)."""
+    wise_ft: WiseFtConfig | None = None
+    """At the end: averages of the first and the last weights, and what each is good for."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "FinetuneConfig":
+        if (self.model is None) == (self.towers is None):
+            raise ValueError("give either model=RUN or towers={image: ..., text: ...}")
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_clear(self) -> "FinetuneConfig":
+        if MAIN in self.auxiliary:
+            raise ValueError(f"auxiliary.{MAIN}: this is what the main task is called; choose another name")
+        if self.wise_ft:
+            check_figure(self.sets, "wise_ft.target", self.wise_ft.target)
+            check_figure(self.sets, "wise_ft.reference", self.wise_ft.reference)
+        return self
+
+
+def main(argv: list[str]) -> None:
+    config = parse(FinetuneConfig, argv, "train.finetune")
+    distributed.start()
+    run = open_run(config)
+    for make in (config.make, *(other.make for other in config.auxiliary.values())):
+        make_data(make)
+
+    data = choose_shots(config.data, config.shots, run / "shots")
+    torch.manual_seed(config.seed)
+    source = load_model(config.model) if config.model else build_two_tower(config.towers or TwoTowerConfig())
+    towers = adapt(source.towers, config.image, config.text, scratch=config.scratch)
+    tasks = build_tasks(config, data, towers)
+    heads = {name: head for task in tasks.values() for name, head in task.heads.items()}
+    model: Model = Fused(towers, heads) if heads else towers
+    taken = [] if config.scratch else go_on_with_heads(model, source)
+    lock_unused(model, list(tasks.values()))
+    first = open_streams(config, data, tasks, stop=BEGINNING * config.batch, share=(0, 1))
+    measure_heads(model, tasks, first, config.batch, known=taken)
+    scalings = lora_scalings(model)
+    start = {name: value.clone() for name, value in model.state_dict().items()} if config.wise_ft else {}
+    about = {"task": config.task.kind, **({"lora": scalings} if scalings else {})}
+    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in model.parameters())
+
+    weights = {MAIN: 1.0, **{name: other.weight for name, other in config.auxiliary.items()}}
+    training = Training(model, tasks, weights)
+    layers = {f"model.{name}": layer for name, layer in model.parameter_layers().items()}
+    groups = parameter_groups(training.named_parameters(), layers, config.optim)
+    engine = Engine(
+        training,
+        groups,
+        config.engine,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        global_batch=config.batch,
+        seed=config.seed,
+    )
+
+    def describe(stream: Stream | Streams, state: TrainState) -> str:
+        size = f"learns {learns / 1e6:.1f} of {whole / 1e6:.1f} M parameters"
+        return "\n".join(description(config, model, size, taken, stream, state))
+
+    train(
+        config,
+        run,
+        engine,
+        groups,
+        model,
+        tasks=tasks,
+        open_stream=lambda start, stop: open_streams(
+            config, data, tasks, start=start, stop=stop, micro_batches=engine.accumulation
+        ),
+        describe=describe,
+        clean=lambda weights: merge_lora(weights, scalings),
+        about=about,
+        architecture=config.task,
+        warnings=[note for task in tasks.values() for note in task.notes],
+        max_bad=config.data.max_bad,
+    )
+    if config.wise_ft:
+        wise_ft(config.wise_ft, run, merge_lora(start, scalings), config.sets)
+    finish(config, run, engine, model)
+
+
+def choose_shots(data: StreamConfig, shots: ShotsConfig | None, folder: Path) -> StreamConfig:
+    """The data, or a few samples of each class of it, which lie in a folder of the run from its start on."""
+    if shots is None:
+        return data
+    if data.shards is None:
+        raise UserError("shots are chosen of one data set: give data.shards, not data.mixture")
+    shards, few = data.shards, shots
+    distributed.on_main(lambda: folder.exists() or write_shots(shards, folder, few.per_class, few.seed))
+    return data.model_copy(update={"shards": str(folder)})
+
+
+def build_tasks(config: FinetuneConfig, data: StreamConfig, towers: Model) -> dict[str, Task]:
+    """The main task and the auxiliary ones, by name."""
+    built = {MAIN: build_task(config.task, data, config.augment, towers)}
+    for name, other in config.auxiliary.items():
+        built[name] = build_task(other.task, other.data, other.augment or config.augment, towers)
+    return built
+
+
+def build_task(config: TaskConfig, data: StreamConfig, augment: AugmentConfig, towers: Model) -> Task:
+    """A task on these towers, which looks at what lies beside its training shards."""
+    image = towers.towers.image
+    shards = [part.shards for part in data.parts().values()]
+    given = Given(
+        towers.towers,
+        TrainTransform(image.size, augment, image.interpolation),
+        [one for some in shards for one in ([some] if isinstance(some, str) else some)],
+    )
+    return TASKS[config.kind](config, given)
+
+
+def open_streams(
+    config: FinetuneConfig,
+    data: StreamConfig,
+    tasks: Mapping[str, Task],
+    *,
+    start: int = 0,
+    stop: int,
+    micro_batches: int = 1,
+    share: tuple[int, int] | None = None,
+) -> Streams:
+    """The training streams of all tasks from a position of the main one to another, for this rank, or as if it were
+    another one of as many as `share` says."""
+    every = {MAIN: (data, config.batch)}
+    every |= {name: (other.data, other.batch) for name, other in config.auxiliary.items()}
+    rank, ranks = share or (distributed.rank(), distributed.world_size())
+    streams = {}
+    for name, (stream, batch) in every.items():
+        preparation = tasks[name].preparation
+        streams[name] = Stream(
+            stream,
+            preparation,
+            preparation.collate,
+            global_batch=batch,
+            micro_batches=micro_batches,
+            seed=config.seed,
+            start=start // config.batch * batch,
+            stop=stop // config.batch * batch,
+            rank=rank,
+            world_size=ranks,
+        )
+    return Streams(streams)
+
+
+def description(
+    config: FinetuneConfig,
+    model: Model,
+    size: str,
+    taken: list[str],
+    stream: Stream | Streams,
+    state: TrainState,
+) -> list[str]:
+    """What is about to run, in a few lines."""
+    towers = model.towers
+    kinds = [config.task.kind, *(other.task.kind for other in config.auxiliary.values())]
+    source = f"{config.model}" if config.model else "towers by name"
+    lines = [
+        f"{config.out}: {' + '.join(kinds)}, {config.samples:,} samples in batches of {config.batch:,} on "
+        f"{distributed.world_size()} rank(s)",
+        f"  from   {source}{', its weights thrown away' if config.scratch else ''}",
+        f"  towers {towers.image.spec['name']} at {towers.image.size[0]} px, {towers.text.spec['name']}",
+        *([f"  heads  {', '.join(model.heads)}"] if model.heads else []),
+        *([f"  taken  {', '.join(taken)} of the model it starts from"] if taken else []),
+        f"  {size}, {config.engine.precision}, ZeRO {config.engine.zero_stage}",
+        *(f"  {'data' if i == 0 else '':6} {line}" for i, line in enumerate(stream.describe(config.samples))),
+    ]
+    if state.step:
+        lines.append(f"  goes on from step {state.step:,} ({state.samples:,} samples)")
+    return lines
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,52 @@
+"""Before the first step: what the towers make of some training samples, by which new heads standardise their inputs."""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+
+import torch.distributed as dist
+
+from mm import distributed
+from mm.data.stream import StreamBatch
+from mm.encoders import Features, joined
+from mm.models.folder import Model
+from mm.models.fused import read_features
+from mm.models.two_tower import inference
+from mm.tasks.task import Task
+
+SAMPLES = 512
+
+
+def measure_heads(
+    model: Model, tasks: Mapping[str, Task], batches: Iterable[StreamBatch], batch: int, known: Iterable[str]
+) -> None:
+    """Let each head measure the features of the first training samples; rank 0 does it for all. Collective.
+
+    Args:
+        batches: of the training streams from their beginning, whole.
+        batch: samples of the main task in each.
+        known: heads that bring their statistics with them.
+    """
+    new = {
+        name: head for task in tasks.values() for name, head in task.heads.items() if name not in set(known)
+    }
+    if distributed.is_main() and new:
+        found = [part for streamed in islice(batches, -(-SAMPLES // batch)) for part in streamed.batch]
+        with inference(model):
+            for name, task in tasks.items():
+                heads = [head for key, head in task.heads.items() if key in new]
+                wanted = {modality for head in heads for modality in head.modalities}
+                features = {one: _features(model, one, name, found) for one in sorted(wanted)}
+                for head in heads:
+                    head.measure(features)
+    if distributed.world_size() > 1:
+        for head in new.values():
+            for buffer in head.buffers():
+                there = buffer.to(distributed.device())
+                dist.broadcast(there, 0)
+                buffer.copy_(there)
+
+
+def _features(model: Model, modality: str, task: str, batches: list[dict]) -> Features:
+    """One modality's features of all batches."""
+    parts = [read_features(model.towers, batch[task], [modality])[modality] for batch in batches]
+    return joined(*(part for part in parts if part is not None))

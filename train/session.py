@@ -1,0 +1,207 @@
+"""What all training programs share: the keys of a run, and the way from an opened run folder to its report."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mm import checkpoint, distributed, report
+from mm.checkpoint import TrainState
+from mm.config import Config, plain
+from mm.data import make
+from mm.data.stream import Stream
+from mm.data.streams import Streams
+from mm.engine import Engine, EngineConfig
+from mm.evaluators import FIGURES, EvaluatorConfig, evaluate
+from mm.log import Log, LogConfig, cut, message
+from mm.models.folder import Model, save_model
+from mm.optim import OptimConfig, learning_rates, rate_delays
+from mm.report import ReportConfig
+from mm.run import BAD_SAMPLES, METRICS, check_same_stream
+from mm.tasks.task import Task
+from train.loop import CheckpointConfig, EvaluationConfig, Figures, Loop, Schedule
+
+
+class MakeConfig(Config):
+    source: str
+    """A source of `mm data make --help`, made when `folder` is not there yet."""
+    folder: Path
+    """Where its shards go."""
+    options: dict[str, str | int | float | bool | list[str]] = {}
+    """Options of that source."""
+
+
+class RunConfig(Config):
+    """Keys of every training run."""
+
+    out: Path
+    """The run folder. A run that is in it already goes on from its latest checkpoint."""
+    samples: int = Field(gt=0)
+    """Length of the run: samples seen, repetitions counted."""
+    batch: int = Field(gt=0)
+    """Global batch: samples an optimizer step sees, over all ranks."""
+    seed: int = 0
+    """Decides initial weights, order, augmentation and dropout."""
+    extend: bool = False
+    """Let an existing run go on to a larger `samples` (the learning rate follows the longer schedule)."""
+    make: MakeConfig | None = None
+    """Data that is made on first use."""
+    optim: OptimConfig = OptimConfig()
+    """AdamW and the learning rate's schedule."""
+    engine: EngineConfig = EngineConfig()
+    """Precision, partitioning and accumulation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run is saved."""
+    evaluate: EvaluationConfig = EvaluationConfig()
+    """When the run is evaluated."""
+    sets: dict[str, EvaluatorConfig] = {}
+    """Evaluations by name."""
+    report: ReportConfig = ReportConfig()
+    """The page at the end."""
+    log: LogConfig = LogConfig()
+    """What is written down, and how often."""
+
+    @model_validator(mode="after")
+    def _sets_that_are_named_exist(self) -> "RunConfig":
+        check_figure(self.sets, "evaluate.best", self.evaluate.best)
+        gallery = self.report.gallery
+        if gallery and gallery not in self.sets:
+            raise ValueError(
+                f"report.gallery: {gallery!r} names no evaluation of `sets`: {_known(self.sets)}"
+            )
+        if gallery and self.sets[gallery].kind != "retrieval":
+            raise ValueError(f"report.gallery={gallery!r} is no retrieval set")
+        return self
+
+    @model_validator(mode="after")
+    def _the_warmup_ends(self) -> "RunConfig":
+        if self.optim.warmup > self.samples:
+            raise ValueError(
+                f"optim.warmup={self.optim.warmup} is longer than the run of samples={self.samples}"
+            )
+        return self
+
+    def schedule(self) -> Schedule:
+        """When the loop does what."""
+        return Schedule.of(
+            self.samples, self.batch, self.checkpoint.every, self.evaluate.every, self.log.every
+        )
+
+
+def check_figure(sets: Mapping[str, EvaluatorConfig], key: str, name: str | None) -> None:
+    """ValueError where SET/FIGURE, the value of a key, names no figure of these sets."""
+    if name is None:
+        return
+    group, _, figure = name.partition("/")
+    if group not in sets:
+        raise ValueError(f"{key}: {group!r} names no evaluation of `sets`: {_known(sets)}")
+    figures = FIGURES[sets[group].kind]
+    if figure not in figures and not any(f.endswith("*") and figure.startswith(f[:-1]) for f in figures):
+        raise ValueError(f"{key}={name!r}: the figures of {group} are {', '.join(figures)}")
+
+
+def _known(sets: Mapping[str, EvaluatorConfig]) -> str:
+    return ", ".join(sets) or "none"
+
+
+def make_data(config: MakeConfig | None) -> None:
+    """Make the data a config asks for, once for all ranks."""
+    if config:
+        distributed.on_main(lambda: make.ensure(config.source, config.folder, **config.options))
+
+
+def train(
+    config: RunConfig,
+    run: Path,
+    engine: Engine,
+    groups: Sequence[Mapping[str, Any]],
+    model: Model,
+    *,
+    tasks: Mapping[str, Task] | None = None,
+    open_stream: Callable[[int, int], Stream | Streams],
+    describe: Callable[[Stream | Streams, TrainState], str],
+    clean: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda weights: weights,
+    about: Mapping[str, Any] | None = None,
+    architecture: Config | None = None,
+    warnings: Sequence[str] = (),
+    max_bad: float,
+) -> None:
+    """Go on with the run from its latest checkpoint, or begin it, and train it to its end. Collective.
+
+    Args:
+        engine: trains a module that holds `model` under that name.
+        groups: the engine's parameter groups.
+        tasks: what the model learns, by name, for evaluations that ask for it.
+        open_stream: gives the batches from a position to another, both in samples.
+        describe: what is about to run, for the console.
+        clean: makes of the full weights, by name, those that `model/` holds.
+        about: JSON values to keep with the model.
+        architecture: the config that the model was built from, to keep with it.
+        warnings: what the user should know before the first step.
+        max_bad: share of samples that cannot be used above which the run ends.
+    """
+    schedule = config.schedule()
+    latest = checkpoint.latest(run, warn=message)
+    state = checkpoint.load(latest, engine, verify=False) if latest else TrainState(step=0, samples=0)
+    stream = open_stream(state.samples, schedule.samples)
+    check_same_stream(state.stream, stream.identity)
+    state.stream, state.config = stream.identity, plain(config)
+    delays = rate_delays(groups)
+
+    def evaluate_all() -> Figures:
+        with engine.evaluating():
+            return evaluate(model, config.sets, tasks)
+
+    def write_model(state: TrainState) -> None:
+        weights = clean(engine.full_weights(prefix="model."))
+        facts = {"step": state.step, **(about or {})}
+        distributed.on_main(lambda: save_model(run / "model", model, architecture, weights, facts))
+
+    if distributed.is_main():
+        for record in (METRICS, BAD_SAMPLES):
+            cut(run / record, state.step if latest else -1)
+    with Log(run, **config.log.model_dump(), enabled=distributed.is_main(), start=state.step) as log:
+        message(describe(stream, state))
+        for warning in [*engine.notes, *stream.warnings, *warnings]:
+            message(f"warning: {warning}")
+        if state.step == 0 and config.evaluate.at_start:
+            log.event("eval", 0, 0, figures=evaluate_all())
+        started = time.perf_counter()
+        log.event("start", state.step, state.samples, ranks=distributed.world_size())
+        Loop(
+            run,
+            engine,
+            stream,
+            state,
+            schedule,
+            log,
+            rates=lambda samples: learning_rates(
+                samples, schedule.samples, config.optim, config.batch, delays
+            ),
+            evaluate=evaluate_all,
+            write_model=write_model,
+            best=config.evaluate.best,
+            keep=config.checkpoint.keep,
+            max_bad=max_bad,
+            patience=config.evaluate.patience,
+        )()
+        coverage = stream.coverage(state.samples)
+        covered = {"coverage": coverage} if len(coverage) > 1 else {}
+        log.event("end", state.step, state.samples, seconds=time.perf_counter() - started, **covered)
+
+
+def finish(config: RunConfig, run: Path, engine: Engine, model: Model) -> None:
+    """Write the report of a run that has ended, and say what is where. Collective."""
+    with engine.evaluating():
+        gallery = report.gallery(model.towers, config.sets, config.report)
+    if distributed.is_main():
+        page = report.write(run, gallery)
+        report.show(run)
+        message(
+            f"done: {run}\n  weights   {run / 'model'}, opened by mm.load({str(run)!r})\n  report    {page}\n"
+            f"  evaluate  python -m eval.suite configs/eval/SUITE.yaml model={run}\n"
+            f"  curves    tensorboard --logdir {run}"
+        )
