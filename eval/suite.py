@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from pydantic import Field
 
-import mm
 from mm import checkpoint, distributed, program
 from mm.config import Config, parse
+from mm.encoders.lora import merge_lora
 from mm.errors import UserError
 from mm.evaluators import EvaluatorConfig, evaluate
 from mm.files import write_atomically
-from mm.models.two_tower import TwoTower
+from mm.models.folder import Model, find_model, load_model, read_description
 from mm.report.console import show
 
 
@@ -71,13 +71,14 @@ def main(argv: list[str]) -> None:
     print(f"{len(figures)} sets in {seconds:.1f} s; results in {path}")
 
 
-def open_model(path: Path) -> TwoTower:
+def open_model(path: Path) -> Model:
     """The model in a folder; in a checkpoint of a run, the run's model with the weights of that step."""
     if not is_checkpoint(path):
-        return mm.load(path)
-    weights = checkpoint.read_weights(path)
-    model = mm.load(run_folder(path))
-    model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
+        return load_model(path)
+    weights = {name.removeprefix("model."): w for name, w in checkpoint.read_weights(path).items()}
+    folder = find_model(run_folder(path))
+    model = load_model(folder)
+    model.load_state_dict(merge_lora(weights, read_description(folder)["about"].get("lora", {})))
     return model
 
 
