@@ -4,9 +4,12 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
@@ -20,6 +23,27 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 def alone() -> dict[str, str]:
     """The environment for a program of its own: without what `mm.distributed.start` left in that of the tests."""
     return {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+
+
+def start_program(module: str, *words: Any, ranks: int = 0, **options: Any) -> "subprocess.Popen[str]":
+    """A program of the project in a process of its own, under torchrun where ranks are given; one thread each."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", module, *map(str, words)],
+        cwd=Path(__file__).parent.parent,
+        env={**alone(), "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
+
+
+def finish(process: "subprocess.Popen[str]", timeout_s: float = 250) -> str:
+    """What a program printed, once it has ended well."""
+    output, _ = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, output
+    return output
 
 
 class RankFailed(AssertionError):

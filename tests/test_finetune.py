@@ -4,9 +4,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from mm.errors import UserError
 from mm.models.folder import save_model
 from mm.models.fused import Fused
 from tests import tiny
-from tests.dist import alone
+from tests.dist import finish, start_program
 from tests.test_pretrain import events, losses
 from train import finetune
 
@@ -66,28 +65,7 @@ def retrieval(root, out, *more):
     )
 
 
-def program(*words, ranks=0, **kwargs):
-    launcher = [sys.executable, "-m", "train.finetune"]
-    if ranks:
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-        ]
-        launcher = [*torchrun, "-m", "train.finetune"]
-    env = {**alone(), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*launcher, *map(str, words)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, **kwargs,
-    )  # fmt: skip
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=250)
-    assert process.returncode == 0, output
-    return output
+program = partial(start_program, "train.finetune")
 
 
 def weights(run):
@@ -294,6 +272,10 @@ def test_the_control_from_scratch_has_the_same_form_and_other_weights(root, tmp_
         ("task.fusion.heads=3", "heads"),
         ("evaluate.best=test/acuracy", "figures of test are"),
         ("evaluate.patience=2", "patience=2 needs"),
+        (
+            "wise_ft={target: test/accuracy, reference: test/image_to_text_recall@1_reranked}",
+            "figures of test are accuracy",
+        ),
         ("image.size=33", "33"),
         ("task.vocabulary.min_count=1000", "1000|1,000"),
         ("wise_ft={target: test/accuracy, reference: nothing/accuracy}", "nothing"),

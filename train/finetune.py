@@ -17,18 +17,16 @@ from mm.data.stream import Stream, StreamConfig
 from mm.data.streams import Streams
 from mm.data.transforms import AugmentConfig, TrainTransform
 from mm.encoders.lora import lora_scalings, merge_lora
-from mm.engine import Engine
 from mm.errors import UserError
 from mm.models.adapt import ImageAdaptation, TextAdaptation, adapt
 from mm.models.folder import Model, load_model
 from mm.models.fused import Fused, go_on_with_heads
 from mm.models.two_tower import TwoTowerConfig, build_two_tower
-from mm.optim import parameter_groups
 from mm.run import open_run
 from mm.tasks.registry import TASKS, TaskConfig
 from mm.tasks.task import Given, Task, Training, lock_unused
 from train.measuring import measure_heads
-from train.session import MakeConfig, RunConfig, check_figure, finish, make_data, train
+from train.session import MakeConfig, RunConfig, build_engine, check_figure, finish, make_data, train
 from train.wise_ft import WiseFtConfig, wise_ft
 
 MAIN = "main"
@@ -127,17 +125,7 @@ def main(argv: list[str]) -> None:
 
     weights = {MAIN: 1.0, **{name: other.weight for name, other in config.auxiliary.items()}}
     training = Training(model, tasks, weights)
-    layers = {f"model.{name}": layer for name, layer in model.parameter_layers().items()}
-    groups = parameter_groups(training.named_parameters(), layers, config.optim)
-    engine = Engine(
-        training,
-        groups,
-        config.engine,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
-        global_batch=config.batch,
-        seed=config.seed,
-    )
+    engine, delays = build_engine(config, training, model)
 
     def describe(stream: Stream | Streams, state: TrainState) -> str:
         size = f"learns {learns / 1e6:.1f} of {whole / 1e6:.1f} M parameters"
@@ -147,7 +135,7 @@ def main(argv: list[str]) -> None:
         config,
         run,
         engine,
-        groups,
+        delays,
         model,
         tasks=tasks,
         open_stream=lambda start, stop: open_streams(

@@ -16,10 +16,9 @@ from mm.data.streams import Streams
 from mm.data.transforms import AugmentConfig, TrainTransform
 from mm.engine import Engine
 from mm.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
-from mm.optim import parameter_groups
 from mm.run import open_run
 from mm.tasks.contrastive import ContrastiveConfig, ContrastiveTask, PairPreparation
-from train.session import RunConfig, finish, make_data, train
+from train.session import RunConfig, build_engine, finish, make_data, train
 
 
 class PretrainConfig(RunConfig):
@@ -51,22 +50,12 @@ def main(argv: list[str]) -> None:
     model = build_two_tower(config.model)
     size = Size.of(model)
     task = ContrastiveTask(model, kind=config.loss.kind, positives=config.loss.positives)
-    layers = {f"model.{name}": layer for name, layer in model.parameter_layers().items()}
-    groups = parameter_groups(task.named_parameters(), layers, config.optim)
-    engine = Engine(
-        task,
-        groups,
-        config.engine,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
-        global_batch=config.batch,
-        seed=config.seed,
-    )
+    engine, delays = build_engine(config, task, model)
     train(
         config,
         run,
         engine,
-        groups,
+        delays,
         model,
         open_stream=lambda start, stop: open_stream(config, model, engine, start=start, stop=stop),
         describe=lambda stream, state: describe(config, model, size, stream, state),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm import checkpoint, distributed, report
 from mm.checkpoint import TrainState
@@ -18,7 +18,7 @@ from mm.engine import Engine, EngineConfig
 from mm.evaluators import FIGURES, EvaluatorConfig, evaluate
 from mm.log import Log, LogConfig, cut, message
 from mm.models.folder import Model, save_model
-from mm.optim import OptimConfig, learning_rates, rate_delays
+from mm.optim import OptimConfig, learning_rates, parameter_groups, rate_delays
 from mm.report import ReportConfig
 from mm.run import BAD_SAMPLES, METRICS, check_same_stream
 from mm.tasks.task import Task
@@ -101,6 +101,8 @@ def check_figure(sets: Mapping[str, EvaluatorConfig], key: str, name: str | None
     figures = FIGURES[sets[group].kind]
     if figure not in figures and not any(f.endswith("*") and figure.startswith(f[:-1]) for f in figures):
         raise ValueError(f"{key}={name!r}: the figures of {group} are {', '.join(figures)}")
+    if figure.endswith("_reranked") and not getattr(sets[group], "rerank", None):
+        raise ValueError(f"{key}={name!r}: nothing is re-ranked there; set sets.{group}.rerank")
 
 
 def _known(sets: Mapping[str, EvaluatorConfig]) -> str:
@@ -113,11 +115,27 @@ def make_data(config: MakeConfig | None) -> None:
         distributed.on_main(lambda: make.ensure(config.source, config.folder, **config.options))
 
 
+def build_engine(config: RunConfig, module: nn.Module, model: Model) -> tuple[Engine, dict[str, int]]:
+    """The engine that trains `module`, which holds `model` under that name, and when its rates begin, in samples."""
+    layers = {f"model.{name}": layer for name, layer in model.parameter_layers().items()}
+    groups = parameter_groups(module.named_parameters(), layers, config.optim)
+    engine = Engine(
+        module,
+        groups,
+        config.engine,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        global_batch=config.batch,
+        seed=config.seed,
+    )
+    return engine, rate_delays(groups)
+
+
 def train(
     config: RunConfig,
     run: Path,
     engine: Engine,
-    groups: Sequence[Mapping[str, Any]],
+    delays: Mapping[str, int],
     model: Model,
     *,
     tasks: Mapping[str, Task] | None = None,
@@ -132,8 +150,7 @@ def train(
     """Go on with the run from its latest checkpoint, or begin it, and train it to its end. Collective.
 
     Args:
-        engine: trains a module that holds `model` under that name.
-        groups: the engine's parameter groups.
+        engine, delays: as `build_engine` gives them.
         tasks: what the model learns, by name, for evaluations that ask for it.
         open_stream: gives the batches from a position to another, both in samples.
         describe: what is about to run, for the console.
@@ -149,7 +166,6 @@ def train(
     stream = open_stream(state.samples, schedule.samples)
     check_same_stream(state.stream, stream.identity)
     state.stream, state.config = stream.identity, plain(config)
-    delays = rate_delays(groups)
 
     def evaluate_all() -> Figures:
         with engine.evaluating():
