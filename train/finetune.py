@@ -26,7 +26,16 @@ from mm.run import open_run
 from mm.tasks.registry import TASKS, TaskConfig
 from mm.tasks.task import Given, Task, Training, lock_unused
 from train.measuring import measure_heads
-from train.session import MakeConfig, RunConfig, build_engine, check_figure, finish, make_data, train
+from train.session import (
+    MakeConfig,
+    RunConfig,
+    build_engine,
+    check_figure,
+    fewer_negatives,
+    finish,
+    make_data,
+    train,
+)
 from train.wise_ft import WiseFtConfig, wise_ft
 
 MAIN = "main"
@@ -109,10 +118,10 @@ def main(argv: list[str]) -> None:
     data = choose_shots(config.data, config.shots, run / "shots")
     torch.manual_seed(config.seed)
     source = load_model(config.model) if config.model else build_two_tower(config.towers or TwoTowerConfig())
-    towers = adapt(source.towers, config.image, config.text, scratch=config.scratch)
+    towers = adapt(source.towers, config.image, config.text, scratch=config.scratch).to(distributed.device())
     tasks = build_tasks(config, data, towers)
     heads = {name: head for task in tasks.values() for name, head in task.heads.items()}
-    model: Model = Fused(towers, heads) if heads else towers
+    model: Model = Fused(towers, heads).to(distributed.device()) if heads else towers
     taken = [] if config.scratch else go_on_with_heads(model, source)
     lock_unused(model, list(tasks.values()))
     first = open_streams(config, data, tasks, stop=BEGINNING * config.batch, share=(0, 1))
@@ -145,7 +154,10 @@ def main(argv: list[str]) -> None:
         clean=lambda weights: merge_lora(weights, scalings),
         about=about,
         architecture=config.task,
-        warnings=[note for task in tasks.values() for note in task.notes],
+        warnings=[
+            *(note for task in tasks.values() for note in task.notes),
+            *(fewer_negatives(config.batch, engine) if tasks[MAIN].compares else []),
+        ],
         max_bad=config.data.max_bad,
     )
     if config.wise_ft:

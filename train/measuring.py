@@ -1,9 +1,12 @@
 """Before the first step: what the towers make of some training samples, by which new heads standardise their inputs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mm import distributed
 from mm.data.stream import StreamBatch
@@ -30,12 +33,17 @@ def measure_heads(
         name: head for task in tasks.values() for name, head in task.heads.items() if name not in set(known)
     }
     if distributed.is_main() and new:
-        found = [part for streamed in islice(batches, -(-SAMPLES // batch)) for part in streamed.batch]
-        with inference(model):
+        found: list[Any] = [
+            part for streamed in islice(batches, -(-SAMPLES // batch)) for part in streamed.batch
+        ]
+        with inference(model) as device:
             for name, task in tasks.items():
                 heads = [head for key, head in task.heads.items() if key in new]
                 wanted = {modality for head in heads for modality in head.modalities}
-                features = {one: _features(model, one, name, found) for one in sorted(wanted)}
+                features = {
+                    one: _features(model, one, [part[name] for part in found], device)
+                    for one in sorted(wanted)
+                }
                 for head in heads:
                     head.measure(features)
     if distributed.world_size() > 1:
@@ -46,7 +54,12 @@ def measure_heads(
                 buffer.copy_(there)
 
 
-def _features(model: Model, modality: str, task: str, batches: list[dict]) -> Features:
+def _features(
+    model: Model, modality: str, batches: Sequence[Mapping[str, Tensor]], device: torch.device
+) -> Features:
     """One modality's features of all batches."""
-    parts = [read_features(model.towers, batch[task], [modality])[modality] for batch in batches]
+    parts = []
+    for batch in batches:
+        there = {key: value.to(device) for key, value in batch.items()}
+        parts.append(read_features(model.towers, there, [modality])[modality])
     return joined(*(part for part in parts if part is not None))

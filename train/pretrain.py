@@ -18,7 +18,7 @@ from mm.engine import Engine
 from mm.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from mm.run import open_run
 from mm.tasks.contrastive import ContrastiveConfig, ContrastiveTask, PairPreparation
-from train.session import RunConfig, build_engine, finish, make_data, train
+from train.session import RunConfig, build_engine, fewer_negatives, finish, make_data, train
 
 
 class PretrainConfig(RunConfig):
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         open_stream=lambda start, stop: open_stream(config, model, engine, start=start, stop=stop),
         describe=lambda stream, state: describe(config, model, size, stream, state),
         architecture=config.model,
-        warnings=fewer_negatives(config, engine),
+        warnings=fewer_negatives(config.batch, engine),
         max_bad=config.data.max_bad,
     )
     finish(config, run, engine, model)
@@ -83,18 +83,6 @@ def open_stream(config: PretrainConfig, model: TwoTower, engine: Engine, *, star
         start=start,
         stop=stop,
     )
-
-
-def fewer_negatives(config: PretrainConfig, engine: Engine) -> list[str]:
-    """What accumulation costs a contrastive loss, if there is any."""
-    parts = engine.accumulation
-    if parts == 1:
-        return []
-    others = config.batch // parts - 1
-    return [
-        f"engine.micro_batch cuts the batch into {parts} parts: the loss tells a pair apart from the "
-        f"{others:,} others of its part, not from those of the whole batch of {config.batch:,}"
-    ]
 
 
 class Size(NamedTuple):

@@ -131,6 +131,17 @@ def build_engine(config: RunConfig, module: nn.Module, model: Model) -> tuple[En
     return engine, rate_delays(groups)
 
 
+def fewer_negatives(batch: int, engine: Engine) -> list[str]:
+    """What accumulation costs a loss that compares the samples of a batch, if there is any."""
+    parts = engine.accumulation
+    if parts == 1:
+        return []
+    return [
+        f"engine.micro_batch cuts the batch into {parts} parts: the loss tells a pair apart from the "
+        f"{batch // parts - 1:,} others of its part, not from those of the whole batch of {batch:,}"
+    ]
+
+
 def train(
     config: RunConfig,
     run: Path,

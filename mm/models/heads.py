@@ -189,13 +189,14 @@ HEADS: dict[str, Callable[[dict[str, Any]], Head]] = {
 def widths(towers: TwoTower, modalities: Sequence[str]) -> dict[str, Width]:
     """How wide the pooled vector and the tokens of each modality are, found by a forward pass of nothing."""
     found = {}
-    with inference(towers):
+    with inference(towers) as device:
         for name in modalities:
             if name == "text":
                 ids, mask = towers.token_ids([""])
-                features = towers.text(ids, mask)
+                features = towers.text(ids.to(device), mask.to(device))
             else:
-                features = towers.image(torch.zeros(1, 3, *towers.image.size, dtype=torch.uint8))
+                nothing = torch.zeros(1, 3, *towers.image.size, dtype=torch.uint8, device=device)
+                features = towers.image(nothing)
             found[name] = Width(features.pooled.shape[-1], features.tokens.shape[-1])
     return found
 
