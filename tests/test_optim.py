@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mm.errors import UserError
-from mm.optim import OptimConfig, learning_rate, learning_rates, parameter_groups
+from mm.optim import OptimConfig, learning_rate, learning_rates, parameter_groups, rate_delays
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -73,3 +73,25 @@ def test_groups_by_layer_tower_and_decay() -> None:
     assert (found["scale"]["tower"], found["scale"]["lr_scale"]) == ("head", 1.0)
     for group in groups:
         assert [id(p) for p in group["params"]] == [id(by_name[n]) for n in group["names"]]
+
+
+def test_layers_unfreeze_one_after_the_other_from_the_top() -> None:
+    module = nn.ModuleDict(
+        {"image": nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), "new": nn.Linear(2, 2)}
+    )
+    layers = {f"image.{i}.{kind}": ("image", i, 3) for i in range(3) for kind in ("weight", "bias")}
+    layers |= {f"new.{kind}": ("new", 0, 1) for kind in ("weight", "bias")}
+    config = OptimConfig(lr=1.0, schedule="constant", image_delay=100, unfreeze_every=50, new_lr=7)
+    groups = parameter_groups(module.named_parameters(), layers, config)
+    delays = rate_delays(groups)
+    begins = {}
+    for samples in range(0, 300, 10):
+        rates = learning_rates(samples, 1000, config, 10, delays)
+        for group in groups:
+            if rates[group["rate"]] * group["lr_scale"] > 0:
+                for name in group["names"]:
+                    begins.setdefault(name, samples)
+    assert {name: begins[name] for name in begins if name.endswith("weight")} == {
+        "image.2.weight": 100, "image.1.weight": 150, "image.0.weight": 200, "new.weight": 0,
+    }  # fmt: skip
+    assert {group["lr_scale"] for group in groups if group["tower"] == "new"} == {7.0}

@@ -254,3 +254,24 @@ def test_several_tasks_are_the_weighted_sum_of_their_losses(folder):
     torch.testing.assert_close(total, one + 0.25 * other)
     assert figures["pairs_loss"].item() == pytest.approx(other.item())
     assert {"main_accuracy", "pairs_scale"} <= figures.keys()
+
+
+@pytest.mark.parametrize("kind", ["vqa", "classification", "entailment"])
+def test_heads_standardise_what_they_read(folder, kind):
+    """After measuring, a head's result does not change when a tower's channels are scaled and shifted."""
+    task, model = build(kind, folder)
+    (head,) = task.heads.values()
+    batch = batch_of(task, kind, 12)
+    with torch.no_grad():
+        features = model.features(batch, head.modalities)
+        stretch = {n: 2.0 ** torch.arange(f.pooled.shape[1]).remainder(4) for n, f in features.items()}
+        changed = {
+            n: f._replace(pooled=f.pooled * stretch[n] + 3, tokens=f.tokens * stretch[n] + 3)
+            for n, f in features.items()
+        }
+        head.measure(features)
+        before = head(features)
+        head.measure(changed)
+        after = head(changed)
+    first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
+    torch.testing.assert_close(first(after), first(before), atol=2e-3, rtol=2e-3)
