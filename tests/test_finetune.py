@@ -165,6 +165,13 @@ def test_several_tasks_share_the_towers(root, tmp_path):
     assert end["coverage"]["pairs"]["samples"] == 128 and end["coverage"]["main"]["samples"] == 256
 
 
+def test_two_heads_of_one_name_are_refused(root, tmp_path):
+    task = "{kind: vqa, vocabulary: {min_count: 1}}"
+    other = f"auxiliary={{more: {{task: {task}, data: {{shards: {root}/questions}}, batch: 16}}}}"
+    with pytest.raises(UserError, match="task more has a head 'vqa', as another task has"):
+        finetune.main(vqa(root, tmp_path / "run", other))
+
+
 def test_lora_trains_little_and_its_model_is_plain(root, tmp_path):
     run = tmp_path / "run"
     lora = ["image.lora={rank: 2}", "text.lora={rank: 2}", "text.lock=false"]

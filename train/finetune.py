@@ -21,6 +21,7 @@ from mm.errors import UserError
 from mm.models.adapt import ImageAdaptation, TextAdaptation, adapt
 from mm.models.folder import Model, load_model
 from mm.models.fused import Fused, go_on_with_heads
+from mm.models.heads import Head
 from mm.models.two_tower import TwoTowerConfig, build_two_tower
 from mm.run import open_run
 from mm.tasks.registry import TASKS, TaskConfig
@@ -120,9 +121,9 @@ def main(argv: list[str]) -> None:
     source = load_model(config.model) if config.model else build_two_tower(config.towers or TwoTowerConfig())
     towers = adapt(source.towers, config.image, config.text, scratch=config.scratch).to(distributed.device())
     tasks = build_tasks(config, data, towers)
-    heads = {name: head for task in tasks.values() for name, head in task.heads.items()}
+    heads = all_heads(tasks)
     model: Model = Fused(towers, heads).to(distributed.device()) if heads else towers
-    taken = [] if config.scratch else go_on_with_heads(model, source)
+    taken = {} if config.scratch else go_on_with_heads(model, source)
     lock_unused(model, list(tasks.values()))
     first = open_streams(config, data, tasks, stop=BEGINNING * config.batch, share=(0, 1))
     measure_heads(model, tasks, first, config.batch, known=taken)
@@ -138,7 +139,7 @@ def main(argv: list[str]) -> None:
 
     def describe(stream: Stream | Streams, state: TrainState) -> str:
         size = f"learns {learns / 1e6:.1f} of {whole / 1e6:.1f} M parameters"
-        return "\n".join(description(config, model, size, taken, stream, state))
+        return "\n".join(description(config, model, size, list(taken.values()), stream, state))
 
     train(
         config,
@@ -182,6 +183,20 @@ def build_tasks(config: FinetuneConfig, data: StreamConfig, towers: Model) -> di
     for name, other in config.auxiliary.items():
         built[name] = build_task(other.task, other.data, other.augment or config.augment, towers)
     return built
+
+
+def all_heads(tasks: Mapping[str, Task]) -> dict[str, Head]:
+    """The heads of all tasks. Raises UserError where two have one name."""
+    heads: dict[str, Head] = {}
+    for name, task in tasks.items():
+        twice = heads.keys() & task.heads.keys()
+        if twice:
+            raise UserError(
+                f"task {name} has a head {', '.join(sorted(twice))!r}, as another task has; give it another "
+                "name: task.head=..."
+            )
+        heads |= task.heads
+    return heads
 
 
 def build_task(config: TaskConfig, data: StreamConfig, augment: AugmentConfig, towers: Model) -> Task:

@@ -162,15 +162,15 @@ def _read_texts(towers: TwoTower, input_ids: Tensor, mask: Tensor) -> Features:
     return Features(*(part[place] for part in towers.text(ids, real.bool())))
 
 
-def go_on_with_heads(model: "Fused | TwoTower", source: "Fused | TwoTower") -> list[str]:
+def go_on_with_heads(model: "Fused | TwoTower", source: "Fused | TwoTower") -> dict[str, str]:
     """Give the heads the weights that `source` has for them: of its head of that name and form, else of a fusion of that
-    form in any of its heads. Returns what was taken.
+    form in any of its heads. Returns what was taken of each head that got some, in words.
     """
-    taken = []
+    taken = {}
     for name, own in model.heads.items():
         if name in source.heads and source.heads[name].spec == own.spec:
             own.load_state_dict(source.heads[name].state_dict())
-            taken.append(name)
+            taken[name] = name
             continue
         fusions: list[Any] = [
             head.fusion for head in source.heads.values() if getattr(head, "fusion", None) is not None
@@ -178,7 +178,7 @@ def go_on_with_heads(model: "Fused | TwoTower", source: "Fused | TwoTower") -> l
         fitting = [one for one in fusions if "fusion" in own.spec and one.spec == own.spec["fusion"]]
         if fitting:
             own.get_submodule("fusion").load_state_dict(fitting[0].state_dict())
-            taken.append(f"the fusion of {name}")
+            taken[name] = f"the fusion of {name}"
     return taken
 
 
