@@ -8,11 +8,12 @@ from torch import Tensor, nn
 INIT_STD = 0.02
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer with weights from a truncated normal distribution and no bias at first."""
-    layer = nn.Linear(inputs, outputs)
+def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    """A linear layer with weights from a truncated normal distribution and a bias, if any, of 0 at first."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.trunc_normal_(layer.weight, std=INIT_STD)
-    nn.init.zeros_(layer.bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

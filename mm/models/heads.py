@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mm.encoders import Features
 from mm.fusion import Fusion, Width, fusion
-from mm.fusion.layers import Standard
+from mm.fusion.layers import Standard, linear
 from mm.models.decoder import TextDecoder, decoder
 from mm.models.two_tower import TwoTower, inference
 
@@ -55,10 +55,10 @@ class AnswerHead(Head):
         self.answerability = answerability
         width = 2 * fusion.width
         self.classifier = nn.Sequential(
-            _linear(fusion.width, width),
+            linear(fusion.width, width),
             nn.LayerNorm(width),
             nn.GELU(),
-            _linear(width, len(self.answers) + answerability),
+            linear(width, len(self.answers) + answerability),
         )
         self.spec = {
             "kind": "answers",
@@ -85,7 +85,7 @@ class MatchingHead(Head):
         super().__init__()
         self.fusion = fusion
         self.modalities = tuple(fusion.widths)
-        self.classifier = _linear(fusion.width, 1)
+        self.classifier = linear(fusion.width, 1)
         self.spec = {"kind": "matching", "fusion": fusion.spec}
 
     def forward(self, features: Mapping[str, Features | None]) -> Tensor:
@@ -113,7 +113,7 @@ class ClassHead(Head):
         self.modalities = (reads,)
         self.classes = list(classes)
         self.norm = Standard(width) if norm else nn.Identity()
-        self.classifier = _linear(width, len(self.classes), bias=bias)
+        self.classifier = linear(width, len(self.classes), bias=bias)
         self.spec = {
             "kind": "classes",
             "width": width,
@@ -199,11 +199,3 @@ def widths(towers: TwoTower, modalities: Sequence[str]) -> dict[str, Width]:
                 features = towers.image(nothing)
             found[name] = Width(features.pooled.shape[-1], features.tokens.shape[-1])
     return found
-
-
-def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=bias)
-    nn.init.trunc_normal_(layer.weight, std=0.02)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
