@@ -1,4 +1,10 @@
-"""Re-ranking: the best of every query in the order of a matching head, which reads image and text together.
+"""Re-ranking: the best of every query in a new order, by a matching head which reads image and text together.
+
+A head that learns from negatives which the towers' own softmax draws learns how much likelier a pair is than the
+towers say, not how likely it is: the best classifier's logit is log p(pair) - log q(pair), q the distribution of the
+negatives (noise-contrastive estimation, Gutmann and Hyvaerinen 2010, eq. 4). With q ~ exp(scale * cosine), the order
+of p is that of the sum of both. BLIP (Li et al. 2022, arXiv:2201.12086) adds the cosine too, ALBEF orders by the head
+alone.
 
 The pairs of all queries, both ways, are sorted by image and judged once each, in blocks of a fixed number: so memory is
 bounded, and all ranks do equally many forward passes.
@@ -49,10 +55,17 @@ class Pairs(NamedTuple):
 
 
 def rerank(
-    embed: Embedder, config: SetConfig, top: int, name: str | None, ranks: metrics.Retrieval, pairs: Pairs
+    embed: Embedder,
+    config: SetConfig,
+    ranks: metrics.Retrieval,
+    pairs: Pairs,
+    *,
+    top: int,
+    name: str | None,
+    alone: bool,
 ) -> metrics.Retrieval:
-    """The ranks, given in the towers' order, where the first `top` of each query stand in the order of the matching
-    head called `name`. Collective."""
+    """The ranks, given in the towers' order, where the first `top` of each query stand in the order of the logits of the
+    matching head called `name` - and of the towers' together, unless `alone`. Collective."""
     head = embed.head(MatchingHead, name)
     if set(head.modalities) != {"image", "text"}:
         raise UserError(f"the matching head reads {' and '.join(head.modalities)}, not an image and a text")
@@ -63,6 +76,9 @@ def rerank(
     by_text = _first(pairs.text, pairs.image, top) * count + torch.arange(count, device=device)[:, None]
     codes = torch.cat([by_image.flatten(), by_text.flatten()]).unique()
     logits = _judge(embed, config, head, codes.tolist(), pairs)
+    if not alone:
+        cosines = (pairs.image[codes // count] * pairs.text[codes % count]).sum(1)
+        logits = logits + embed.towers().scale * cosines
     right = pairs.image_of_text * count + pairs.text_ids
 
     def reordered(of_queries: Tensor, before: Tensor) -> Tensor:

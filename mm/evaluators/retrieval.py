@@ -32,6 +32,9 @@ class RetrievalConfig(SetConfig):
     COCO); null: the towers' order alone."""
     head: str | None = None
     """The matching head; null: the only one there is."""
+    rerank_by: Literal["sum", "head"] = "sum"
+    """What the new order goes by: `sum`: the head's logit and the towers' together, right for a head trained with hard
+    negatives; `head`: its logit alone, as ALBEF does."""
 
 
 def retrieval(embed: Embedder, config: RetrievalConfig) -> dict[str, float]:
@@ -56,10 +59,11 @@ def retrieval(embed: Embedder, config: RetrievalConfig) -> dict[str, float]:
         better = rerank(
             embed,
             config,
-            config.rerank,
-            config.head,
             ranks,
             Pairs(image, text, facts, captions, image_of_text, kinds),
+            top=config.rerank,
+            name=config.head,
+            alone=config.rerank_by == "head",
         )
         figures |= {_reranked(name): value for name, value in _recalls(better, image_of_text).items()}
     return figures | {
