@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from mm import distributed
 from mm.config import Config, load
 from mm.encoders.image import ImageEncoder, image_encoder
-from mm.encoders.lora import LoraConfig, add_lora, has_lora, lora_scalings, merge_lora
+from mm.encoders.lora import (
+    IN_LAYER,
+    AttentionInLayers,
+    LoraConfig,
+    add_lora,
+    has_lora,
+    lora_scalings,
+    merge_lora,
+)
 from mm.encoders.text import TextEncoder
 from mm.engine import Engine, EngineConfig
 from mm.errors import UserError
@@ -35,8 +43,10 @@ CASES: dict[str, tuple[str, str, tuple[str, ...] | None, set[str]]] = {
     ),
     "swin": ("swin", "image", None, {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "downsample.reduction"}),
     "beit, whose qkv is not called": ("beit", "image", None, {"attn.proj", "mlp.fc1", "mlp.fc2"}),
-    "open_clip image": ("clip", "image", None, {"mlp.c_fc", "mlp.c_proj"}),
-    "open_clip text": ("clip", "text", None, {"mlp.c_fc", "mlp.c_proj"}),
+    "open_clip image": ("clip", "image", None, {"attn.in_proj_", "attn.out_proj", "mlp.c_fc", "mlp.c_proj"}),
+    "open_clip text": ("clip", "text", None, {"attn.in_proj_", "attn.out_proj", "mlp.c_fc", "mlp.c_proj"}),
+    "open_clip attention, by name": ("clip", "text", ("attn.in_proj",), {"attn.in_proj_"}),
+    "open_clip MLPs, by name": ("clip", "image", ("c_fc",), {"mlp.c_fc"}),
     "convolutions": (
         "resnet",
         "image",
@@ -62,6 +72,15 @@ def tower(case: str, **values: Any) -> tuple[Encoder, Encoder, tuple[Tensor, ...
     adapted = adapt(towers, **adaptations)
     inputs = (pixels(towers.image.size[0]),) if which == "image" else words(towers)
     return getattr(towers, which), getattr(adapted, which), inputs
+
+
+def plain_name(name: str) -> str:
+    """What the plain encoder calls a parameter that has an update beside it."""
+    return IN_LAYER.sub(r"_\1", name.replace(".base_layer", ""))
+
+
+def weight_of(layer: str) -> str:
+    return plain_name(f"{layer}.weight")
 
 
 def train(encoder: Encoder, inputs: Sequence[Tensor], steps: int = 3) -> None:
@@ -111,7 +130,7 @@ def test_merged_weights_are_those_of_the_plain_encoder_and_of_peft(case: str) ->
     original = plain.state_dict()
     assert list(merged) == list(original)
     assert {name for name in merged if not torch.equal(merged[name], original[name])} == {
-        f"{n}.weight" for n in scalings
+        weight_of(n) for n in scalings
     }
     twin = image_encoder(plain.spec) if isinstance(plain, ImageEncoder) else plain.with_spec(plain.spec)
     twin.eval().load_state_dict(merged)
@@ -124,7 +143,7 @@ def test_merged_weights_are_those_of_the_plain_encoder_and_of_peft(case: str) ->
             layer = encoder.get_submodule(name)
             layer.merge()
             torch.testing.assert_close(
-                merged[f"{name}.weight"], layer.get_base_layer().weight, rtol=0, atol=1e-6
+                merged[weight_of(name)], layer.get_base_layer().weight, rtol=0, atol=1e-6
             )
 
 
@@ -137,7 +156,7 @@ def test_layers_hold_the_updates_beside_their_weights(case: str) -> None:
     expected = {name: number for number, names in enumerate(plain.layers()) for name in names}
     for name, number in depth.items():
         layer = name.partition(".lora_")[0]
-        assert number == expected.get(f"{layer}.weight", expected.get(name.replace(".base_layer", ""))), name
+        assert number == expected.get(weight_of(layer), expected.get(plain_name(name))), name
 
 
 def test_updates_train_while_locked_modules_stay_in_eval_mode() -> None:
@@ -197,7 +216,7 @@ def test_an_adapted_model_can_be_adapted_again() -> None:
         ("vit", "image", (), "lora.targets is empty"),
         ("vit", "image", ("attn",), "has no layer 'attn'; use such as"),
         ("lite", "image", ("conv_dw",), "'blocks.0.0.conv_dw' .* depthwise"),
-        ("clip", "image", ("out_proj",), "out_proj' .* cannot have an update: its weights are used without"),
+        ("clip", "image", ("in_porj",), "has no layer 'in_porj'; use such as in_proj"),
         ("beit", "image", ("qkv",), "'blocks.0.attn.qkv' .* without calling it"),
     ],
 )
@@ -287,3 +306,23 @@ def trained() -> list[int]:
 
 def test_it_trains_on_two_ranks_and_in_pieces_as_it_does_whole() -> None:
     assert run_ranks(trained, 2) == [[0, 3], []]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mask", ["none", "float", "bool", "float a head"])
+def test_attention_in_layers_is_multihead_attention(batch_first: bool, mask: str) -> None:
+    torch.manual_seed(7)
+    whole = nn.MultiheadAttention(12, 3, bias=mask != "none", batch_first=batch_first)
+    layers = AttentionInLayers(whole)
+    x = torch.randn((2, 5, 12) if batch_first else (5, 2, 12))
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    added = torch.randn(5, 5).masked_fill(causal, -torch.inf)
+    masks = {
+        "none": None,
+        "float": added,
+        "bool": causal,
+        "float a head": torch.stack([added * i for i in range(1, 7)]),
+    }
+    expected, _ = whole(x, x, x, need_weights=False, attn_mask=masks[mask])
+    found, _ = layers(x, x, x, attn_mask=masks[mask])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from mm.errors import UserError
 ADAPTER = "default"
 A, B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 BASE = ".base_layer."
+IN_LAYER = re.compile(r"_\.(weight|bias)$")  # in_proj_.weight, as `AttentionInLayers` calls in_proj_weight
 
 
 class LoraConfig(Config):
@@ -38,15 +40,23 @@ def add_lora(encoder: ImageEncoder | TextEncoder, config: LoraConfig) -> None:
     """Lock all weights of `encoder` and put trainable updates beside some of its layers, in place.
 
     W x becomes W x + scaling * B A x, with A random and B zero, so at first the output is the same (Hu et al.
-    2021, arXiv:2106.09685). Layers whose weights are used without calling them (those of nn.MultiheadAttention)
-    cannot have one. Raises UserError for targets that do not fit, and where peft is not installed.
+    2021, arXiv:2106.09685). The projections of nn.MultiheadAttention (open_clip's blocks) become layers for it, in_proj
+    and out_proj; other layers whose weights are used without calling them cannot have one. Raises UserError for targets
+    that do not fit, and where peft is not installed.
     """
     assert not has_lora(encoder), "the encoder has LoRA already"
     try:
         import peft
     except ImportError as error:
         raise UserError(f"LoRA needs peft ({error}): pip install 'mm[lora]'") from error
-    names = _targets(encoder, config.targets)
+    whole = _in_layers(encoder.trunk)
+    names = []
+    try:
+        names = _targets(encoder, config.targets)
+    finally:  # what gets no update stays as it was
+        for name, attention in whole.items():
+            if not {f"{name}.in_proj_", f"{name}.out_proj"} & set(names):
+                encoder.trunk.set_submodule(name, attention)
     values = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -94,8 +104,70 @@ def merge_lora(state: Mapping[str, Tensor], scalings: Mapping[str, float]) -> di
                 down, up = (state[layer + end].float().flatten(1) for end in (A, B))
                 update = (up @ down).view(value.shape)  # of a convolution too: B is 1x1
                 value = (value.float() + scalings[layer] * update).to(value.dtype)
-        merged[name] = value
+        merged[IN_LAYER.sub(r"_\1", name)] = value
     return merged
+
+
+class AttentionInLayers(nn.Module):
+    """nn.MultiheadAttention of a sequence with itself, with the same parameters, whose projections are layers that
+    are called. `in_proj_.weight` is what is `in_proj_weight` there."""
+
+    def __init__(self, whole: nn.MultiheadAttention) -> None:
+        super().__init__()
+        width, bias = whole.embed_dim, whole.in_proj_bias is not None
+        self.in_proj_ = nn.Linear(width, 3 * width, bias, device="meta")
+        self.in_proj_.weight = whole.in_proj_weight
+        if bias:
+            self.in_proj_.bias = whole.in_proj_bias
+        self.out_proj = whole.out_proj
+        self.heads = whole.num_heads
+        self.dropout = whole.dropout
+        self.batch_first = whole.batch_first
+        self.training = whole.training
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """(B, L, D) -> (B, L, D), or (L, B, D) where the batch does not come first.
+
+        Args:
+            attn_mask: added to the scores, or true where nothing is attended to; (L, L) or (B * heads, L, L).
+        """
+        assert query is key and key is value and not need_weights, "self-attention without its weights"
+        x = query if self.batch_first else query.transpose(0, 1)
+        batch, length, width = x.shape
+        parts = self.in_proj_(x).view(batch, length, 3, self.heads, width // self.heads)
+        if attn_mask is not None:
+            attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(parts.dtype)
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.view(batch, self.heads, length, length)
+        dropout = self.dropout if self.training else 0.0
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout)
+        out = self.out_proj(found.transpose(1, 2).reshape(batch, length, width))
+        return (out if self.batch_first else out.transpose(0, 1)), None
+
+
+def _in_layers(trunk: nn.Module) -> dict[str, nn.MultiheadAttention]:
+    """Put `AttentionInLayers` in the place of each nn.MultiheadAttention that it can stand for; returns those, by
+    name."""
+    whole = {
+        name: module
+        for name, module in trunk.named_modules()
+        if type(module) is nn.MultiheadAttention
+        and module.in_proj_weight is not None  # else keys and values are of another width
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and re.search(r"\.\d+\.", f".{name}")  # a pooler attends to another sequence
+    }
+    for name, module in whole.items():
+        trunk.set_submodule(name, AttentionInLayers(module))
+    return whole
 
 
 def _targets(encoder: ImageEncoder | TextEncoder, wanted: tuple[str, ...] | None) -> list[str]:
@@ -119,9 +191,9 @@ def _targets(encoder: ImageEncoder | TextEncoder, wanted: tuple[str, ...] | None
     layers = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
     found: dict[str, None] = {}
     for target in wanted:
-        matching = [name for name in layers if f".{name}".endswith(f".{target}")]
+        matching = [name for name in layers if f".{name}".removesuffix("_").endswith(f".{target}")]
         if not matching:
-            ends = list(dict.fromkeys(map(_end, layers)))
+            ends = list(dict.fromkeys(_end(name).removesuffix("_") for name in layers))
             close = difflib.get_close_matches(target, ends, n=3) or ends[-8:]
             raise UserError(f"lora.targets: {model} has no layer {target!r}; use such as {', '.join(close)}")
         for name in matching:
