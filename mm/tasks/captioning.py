@@ -12,13 +12,13 @@ from mm.config import Config
 from mm.data import decode
 from mm.data.decode import EncodedImage
 from mm.data.shards import Sample
-from mm.encoders.text import Tokenizer
-from mm.models.decoder import DecoderConfig, build_decoder, right_padded, sequence_loss
+from mm.models.decoder import DecoderConfig, build_decoder, sequence_loss
 from mm.models.fused import Fused
 from mm.models.heads import WritingHead, widths
 from mm.tasks.contrastive import content_id, text_id
 from mm.tasks.retrieval import contrastive
-from mm.tasks.task import Batch, Figures, Given, Preparation, Task, Transform, stacked
+from mm.tasks.task import Batch, Figures, Given, Task, stacked
+from mm.tasks.writing import WritingPreparation
 
 
 class CaptioningTaskConfig(Config):
@@ -46,13 +46,8 @@ class Item(NamedTuple):
     text_id: int
 
 
-class CaptionPreparation(Preparation):
+class CaptionPreparation(WritingPreparation):
     """An image and one of its captions."""
-
-    def __init__(self, transform: Transform, tokenizer: Tokenizer, length: int) -> None:
-        self.transform = transform
-        self.tokenizer = tokenizer
-        self.length = length
 
     def __call__(self, sample: Sample, rng: random.Random) -> Item:
         caption = rng.choice(decode.captions(sample))
@@ -64,14 +59,9 @@ class CaptionPreparation(Preparation):
         """images (B, 3, S, S), input_ids and mask (B, L) for the text tower, words and words_mask (B, T) for the
         decoder, image_ids and text_ids (B,)."""
         rows = [item.ids for item in items]
-        input_ids, mask = self.tokenizer.pad(rows)
-        words, words_mask = right_padded(rows, pad_id=self.tokenizer.pad_id, length=self.length)
         return {
             "images": stacked(items, "image"),
-            "input_ids": input_ids,
-            "mask": mask,
-            "words": words,
-            "words_mask": words_mask,
+            **self.columns(rows, rows),
             "image_ids": torch.tensor([item.image_id for item in items]),
             "text_ids": torch.tensor([item.text_id for item in items]),
         }

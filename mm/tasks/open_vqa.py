@@ -12,12 +12,12 @@ from mm.data import decode
 from mm.data.decode import BadSample, EncodedImage
 from mm.data.questions import question
 from mm.data.shards import Sample
-from mm.encoders.text import Tokenizer
 from mm.fusion import FusionConfig, build_fusion
-from mm.models.decoder import DecoderConfig, build_decoder, right_padded, sequence_loss
+from mm.models.decoder import DecoderConfig, build_decoder, sequence_loss
 from mm.models.fused import Fused
 from mm.models.heads import WritingHead, widths
-from mm.tasks.task import Batch, Figures, Given, Preparation, Task, Transform, stacked
+from mm.tasks.task import Batch, Figures, Given, Task, stacked
+from mm.tasks.writing import WritingPreparation
 
 
 class OpenVqaTaskConfig(Config):
@@ -42,13 +42,8 @@ class Item(NamedTuple):
     answer: list[int]
 
 
-class WrittenAnswerPreparation(Preparation):
+class WrittenAnswerPreparation(WritingPreparation):
     """A question, its image and one of its answers."""
-
-    def __init__(self, transform: Transform, tokenizer: Tokenizer, length: int) -> None:
-        self.transform = transform
-        self.tokenizer = tokenizer
-        self.length = length
 
     def __call__(self, sample: Sample, rng: random.Random) -> Item:
         asked = question(sample)
@@ -63,17 +58,8 @@ class WrittenAnswerPreparation(Preparation):
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """images (B, 3, S, S), input_ids and mask (B, L) of the questions, words and words_mask (B, T) of the
         answers."""
-        input_ids, mask = self.tokenizer.pad([item.ids for item in items])
-        words, words_mask = right_padded(
-            [item.answer for item in items], pad_id=self.tokenizer.pad_id, length=self.length
-        )
-        return {
-            "images": stacked(items, "image"),
-            "input_ids": input_ids,
-            "mask": mask,
-            "words": words,
-            "words_mask": words_mask,
-        }
+        columns = self.columns([item.ids for item in items], [item.answer for item in items])
+        return {"images": stacked(items, "image"), **columns}
 
 
 class OpenVqaTask(Task):
