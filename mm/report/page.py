@@ -152,13 +152,16 @@ def _loss(history: History) -> str:
     curves = [Curve("loss", loss, "raw", thin=True), Curve("smoothed", smooth(loss))]
     for colour, (name, key) in zip(("c2", "c3"), figures.losses(history), strict=False):
         curves.append(Curve(f"{name} (held out)", history.curve(name, key), colour, dots=True))
-    wide = plot(curves, size=(1030, 330), log_x=True)
-    narrow = plot(curves, size=(370, 260), log_x=True)
-    both = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
     return (
-        f"<h2>Loss</h2><figure>{_keys(curves)}{both}"
+        f"<h2>Loss</h2><figure>{_keys(curves)}{_across(curves, log_x=True)}"
         "<figcaption>over samples seen, on a logarithmic axis</figcaption></figure>"
     )
+
+
+def _across(curves: Sequence[Curve], **how: bool) -> str:
+    """A plot as wide as the page, and another one for narrow screens."""
+    wide, narrow = plot(curves, size=(1030, 330), **how), plot(curves, size=(370, 260), **how)
+    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
 
 
 def _training(history: History) -> str:
@@ -203,10 +206,11 @@ def _wise_ft(history: History) -> str:
         Curve(str(history.wise_ft.get(side)), [(row["alpha"], row[side]) for row in rows], colour, dots=True)
         for side, colour in (("target", "c1"), ("reference", "c2"))
     ]
-    drawn = plot(curves, size=(480, 240), percent=all(0 <= v <= 1 for c in curves for _, v in c.points))
+    drawn = _across(curves, percent=all(0 <= v <= 1 for c in curves for _, v in c.points))
     about = (
         "Averages of the weights before (0) and after fine-tuning (1): the figure that it is for, and one that must not "
-        f"suffer. <code>model/</code> holds {history.wise_ft.get('kept', 1):g}."
+        f"suffer. <code>model/</code> holds {history.wise_ft.get('kept', 1):g}; the results above are those without "
+        "averaging."
     )
     return f'<h2>WiSE-FT</h2><p class="faint about">{about}</p><figure>{_keys(curves)}{drawn}</figure>'
 
