@@ -8,9 +8,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mm
 from eval import suite
@@ -20,6 +21,7 @@ from mm.models.folder import save_model
 from mm.models.fused import Fused
 from tests import tiny
 from tests.dist import finish, start_program
+from tests.test_open_clip_towers import CLIP
 from tests.test_pretrain import events, losses
 from train import finetune
 
@@ -187,6 +189,31 @@ def test_lora_trains_little_and_its_model_is_plain(root, tmp_path):
     suite_config.write_text(f"sets: {{test: {{kind: vqa, data: {root}/questions, batch: 16, workers: 0}}}}")
     newest = max((run / "checkpoints").glob("step_*"))
     suite.main([str(suite_config), f"model={newest}", f"out={tmp_path}/out.json"])
+
+
+def test_open_clips_weights_by_name_are_tuned_with_lora_at_a_higher_resolution(root, tmp_path):
+    torch.manual_seed(0)
+    theirs = open_clip.CLIP(**CLIP).eval()
+    (tmp_path / "tiny.json").write_text(json.dumps(CLIP))
+    save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / "w.safetensors")
+    tower = f"{{name: 'open_clip:{tmp_path}/tiny.json', weights: {tmp_path}/w.safetensors}}"
+    words = retrieval(
+        root, tmp_path / "run", "model=null", f"towers={{image: {tower}, text: {tower}, projection: none}}",
+        "image={size: 48, lora: {rank: 2}}", "text={lora: {rank: 2}}", "samples=96",
+    )  # fmt: skip
+    finetune.main(words)
+    tuned = mm.load(tmp_path / "run").towers
+    assert tuned.image.size == (48, 48)
+    state = {f"image.{n}": v for n, v in tuned.image.state_dict().items()}
+    state |= {f"text.{n}": v for n, v in tuned.text.state_dict().items()}
+    assert not any("lora" in name or "in_proj_." in name for name in state)
+    start = theirs.state_dict()
+    for name, own in (
+        ("visual.transformer.resblocks.0.attn.in_proj_weight", "image.trunk.transformer.resblocks.0"),
+        ("transformer.resblocks.1.attn.in_proj_weight", "text.trunk.transformer.resblocks.1"),
+    ):
+        moved = (state[f"{own}.attn.in_proj_weight"] - start[name]).abs().max()
+        assert 1e-6 < moved < 0.05
 
 
 def test_a_run_stops_when_patience_is_lost_and_does_not_go_on(root, tmp_path):
