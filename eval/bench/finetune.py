@@ -20,8 +20,8 @@ from mm import program
 from mm.config import Config, parse
 
 RUNS = Path("build/bench/finetune")
-# nothing of the towers can stay locked that begins at random, and they learn at a rate of their own
-SCRATCH = ("scratch=true", "text.lock=false", "optim.lr=1e-3", "optim.image_lr=1", "optim.new_lr=5")
+# nothing of the towers can stay locked that begins at random; a text tower of this depth learns nothing at 1e-3
+SCRATCH = ("scratch=true", "text.lock=false", "optim.lr=2e-4", "optim.image_lr=5", "optim.new_lr=10")
 UNLOCKED = ("image.lock=false", "image.unlock_last=0", "image.frozen_batchnorm=false")
 CONTROLS = {
     "scratch": (*SCRATCH, *UNLOCKED),
