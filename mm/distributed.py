@@ -6,7 +6,8 @@ Everything here also works in one process that never called `start()`: the world
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.errors import UserError
+
+_by_itself = False
 
 
 def start(timeout_s: float = 1800) -> None:
@@ -65,7 +68,18 @@ def rank() -> int:
 
 def world_size() -> int:
     """How many processes share the run; 1 before `start()`."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _by_itself else 1
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """What is computed within concerns this rank alone: `mean` and `all_gather` give back what they get."""
+    global _by_itself
+    before, _by_itself = _by_itself, True
+    try:
+        yield
+    finally:
+        _by_itself = before
 
 
 def local_rank() -> int:

@@ -94,7 +94,7 @@ class Engine:
             module.to(self.device), config.sync_batchnorm, micro_batches=self.accumulation
         )
         self.notes.extend(notes)
-        self.module = module
+        self.module = module.train()  # its parts may come from a model that was loaded for use
         optimizer = torch.optim.AdamW(
             [dict(group) for group in groups], lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True
         )
@@ -125,8 +125,6 @@ class Engine:
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches, not {self.accumulation}"
         self._set_rates(lr)
         torch.manual_seed(_mix(self.seed, self.steps, distributed.rank()))
-        if not self.module.training:
-            self.module.train()
         total: dict[str, Tensor] = {}
         for batch in batches:
             loss, figures = self._ds(_to(batch, self.device))

@@ -44,6 +44,13 @@ FREE_KEYS = (
     "text.checkpointing",
     "sets.*.data",
     "sets.*.workers",
+    "sets.*.batch",
+    "sets.*.head",
+    "sets.*.candidates",
+    "sets.*.candidate_batch",
+    "sets.*.tokenizer",
+    "sets.*.rerank",
+    "sets.*.rerank_by",
     "sets.*.submission",
     "make",
     "report",
@@ -93,7 +100,7 @@ def _claim(out: Path, config: Config) -> None:
     path = out / CONFIG
     try:
         # a config alone is of a run that ended at a mistake in it, which may be mended now
-        if (out / METRICS).exists() or (out / "checkpoints").exists():
+        if _has_lines(out / METRICS) or (out / "checkpoints").exists():
             _check_same_run(out, config)
         elif out.is_dir() and any(out.iterdir()) and not path.exists():
             raise UserError(
@@ -107,6 +114,10 @@ def _claim(out: Path, config: Config) -> None:
         raise UserError(
             f"out={out} cannot be the run's folder ({error.strerror}); name another one"
         ) from None
+
+
+def _has_lines(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _check_same_run(out: Path, config: Config) -> None:

@@ -11,19 +11,23 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 
 import mm
 from eval import suite
 from mm.config import dump
+from mm.data.shards import ShardSet
 from mm.errors import UserError
 from mm.models.folder import save_model
 from mm.models.fused import Fused
+from mm.tasks.retrieval import RetrievalTask
 from tests import tiny
 from tests.dist import finish, start_program
 from tests.test_open_clip_towers import CLIP
 from tests.test_pretrain import events, losses
 from train import finetune
+from train.measuring import parts_to_measure
 
 ROOT = Path(__file__).parent.parent
 FUSION = "task.fusion={kind: cross, width: 16, heads: 2, layers: 1}"
@@ -313,13 +317,75 @@ def test_the_control_from_scratch_has_the_same_form_and_other_weights(root, tmp_
         ("image.size=33", "33"),
         ("task.vocabulary.min_count=1000", "1000|1,000"),
         ("wise_ft={target: test/accuracy, reference: nothing/accuracy}", "nothing"),
+        ("sets.test.data=no/such/set", "no/such/set"),
+        ("sets.test.head=other", "other"),
+        ("sets={test: {kind: retrieval, data: ROOT/captions, rerank: 4}}", "no MatchingHead"),
+        ("sets={test: {kind: classification, data: ROOT/captions}}", "class"),
+        ("sets={test: {kind: task, data: ROOT/questions, task: other}}", "no task 'other'"),
+        (
+            "wise_ft={target: test/val_loss, reference: test/val_loss}",
+            "without a task's loss|figures of test are",
+        ),
     ],
 )
 def test_mistakes_are_named_before_the_first_step(root, tmp_path, override, message):
     words = vqa(root, tmp_path / "run", "evaluate.best=null", "evaluate.every=null")
     with pytest.raises(UserError, match=message):
-        finetune.main([*words, override])
+        finetune.main([*words, override.replace("ROOT", str(root))])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_towers_by_name_are_locked_where_the_run_says_so(root, tmp_path):
+    words = vqa(root, tmp_path / "run", "model=null", "towers={text: {lock: true}}")
+    with pytest.raises(UserError, match=r"towers\.text\.lock: what is trained is said by text\.lock"):
+        finetune.main(words)
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_what_trains_is_in_training_mode_and_what_is_locked_is_not(root, tmp_path, monkeypatch, locked):
+    modes = []
+    loss = RetrievalTask.loss
+
+    def noted(self, model, batch):
+        if torch.is_grad_enabled():
+            modes.append((model.towers.image.trunk.training, model.towers.text.trunk.training))
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(RetrievalTask, "loss", noted)
+    finetune.main(
+        retrieval(
+            root, tmp_path / "run", "task.matching=null", "sets.test.rerank=null", f"text.lock={locked}"
+        )
+    )
+    assert modes == [(True, not locked)] * 8
+
+
+def test_few_samples_are_chosen_anew_after_a_mistake(root, tmp_path):
+    out = tmp_path / "run"
+    task = "task={kind: classification}"
+    sets = f"sets={{test: {{kind: classification, data: {root}/labels, head: classes, workers: 0}}}}"
+    words = arguments(root, "finetune_vqa", "labels", task, sets, "evaluate.best=null", "samples=64", out=out)
+    with pytest.raises(UserError):
+        finetune.main([*words, "shots.per_class=1", "sets.test.data=no/such/set"])
+    finetune.main([*words, "shots.per_class=4"])
+    assert len(ShardSet(str(out / "shots"))) == 4 * len(tiny.NAMES)
+
+
+def test_what_is_handed_in_are_the_answers_of_the_model_that_is_kept(root, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "answers.json"
+    # the rate makes later weights worse than the first
+    words = ["evaluate.best=test/accuracy", "evaluate.every=32", "optim.lr=1", f"sets.test.submission={file}"]
+    finetune.main(vqa(root, run, *words))
+    best = max(events(run, "eval"), key=lambda line: line["figures"]["test"]["accuracy"])
+    assert best["step"] < 8
+    said = {row["question_id"]: row["answer"] for row in json.loads(file.read_text())}
+    model = mm.load(run)
+    for sample in list(ShardSet(str(root / "questions")))[:12]:
+        about = json.loads(sample.members["json"])
+        picture = torchvision.io.decode_image(
+            torch.frombuffer(bytearray(sample.members["png"]), dtype=torch.uint8)
+        )
+        assert model.answer([picture], [about["question"]]) == [said[about["question_id"]]]
 
 
 def test_a_changed_task_is_refused_with_the_differences(whole, root):
@@ -334,3 +400,10 @@ def test_the_resolved_config_repeats_the_run(whole, tmp_path):
 
     config = load(finetune.FinetuneConfig, run / "config.yaml")
     assert dump(config) == (run / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("batches", "parts"), [([64], 1), ([4096], 64), ([96, 48], 2), ([100], 2), ([97], 97), ([512, 130], 2)]
+)
+def test_what_heads_measure_fits_in_memory(batches, parts):
+    assert parts_to_measure(batches) == parts

@@ -25,7 +25,7 @@ def test_a_label_beyond_the_classes_names_its_sample(tmp_path):
 def test_shards_behind_a_url_are_not_fetched_for_it(tmp_path):
     folder = tiny.labelled(tmp_path / "a", 8)
     with serving(folder) as server:
-        assert count_labels(server.url, 4) == dict.fromkeys(range(4), 0)
+        assert count_labels(server.url, 4) is None
         assert not any(name.endswith(".tar") for name in server.count())
 
 

@@ -20,7 +20,18 @@ class Killed(BaseException):
     """Stands for a SIGKILL."""
 
 
-def loop_of(run, values, *, write_model, best="val/accuracy", seconds=0.0, state=None, bad=(), max_bad=0.05):
+def loop_of(
+    run,
+    values,
+    *,
+    write_model,
+    best="val/accuracy",
+    seconds=0.0,
+    state=None,
+    bad=(),
+    max_bad=0.05,
+    beside=0.0,
+):
     """A loop over a tiny model that evaluates after each step, with these values of the best metric."""
     engine = engine_of(Regression())
     batches = [StreamBatch(micro_batches(i, 1), (i + 1) * GLOBAL_BATCH, list(bad)) for i in range(STEPS)]
@@ -36,7 +47,7 @@ def loop_of(run, values, *, write_model, best="val/accuracy", seconds=0.0, state
     rates = lambda samples: {"image": 1e-3, "text": 1e-3, "head": 1e-3}  # noqa: E731
     loop = Loop(
         run, engine, batches, state, schedule, log, rates=rates, evaluate=evaluate, write_model=write_model,
-        best=best, keep=1, max_bad=max_bad,
+        best=best, keep=1, max_bad=max_bad, samples_beside=beside,
     )  # fmt: skip
     return loop, state
 
@@ -121,5 +132,13 @@ def test_too_many_bad_samples_end_the_run(tmp_path, monkeypatch):
     assert (state.step, state.bad) == (3, 3)  # not judged before
     assert len((tmp_path / "a/bad_samples.jsonl").read_text().splitlines()) == 3
     loop, state = loop_of(tmp_path / "b", [0.0] * STEPS, **options, max_bad=1 / GLOBAL_BATCH)
+    loop()
+    assert state.bad == STEPS
+
+
+def test_bad_samples_are_a_share_of_those_of_all_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.loop.FEW_SAMPLES", 1)
+    options = {"write_model": lambda state: None, "best": None, "bad": [ENTRY]}
+    loop, state = loop_of(tmp_path, [0.0] * STEPS, **options, max_bad=0.3 / GLOBAL_BATCH, beside=3.0)
     loop()
     assert state.bad == STEPS

@@ -154,3 +154,12 @@ def test_every_public_name_of_the_parts_is_a_name_of_the_package():
         assert own - {"tokens"} <= set(metrics.__all__)
     assert all(hasattr(metrics, name) for name in metrics.__all__)
     assert mm.metrics is metrics and mm.metrics.vqa_accuracy("cat", ["cat"] * 10) == 1
+
+
+def test_scores_are_told_apart_under_autocast():
+    rows = torch.nn.functional.normalize(torch.randn(50, 64), dim=1)
+    texts = torch.nn.functional.normalize(rows + 0.01 * torch.randn(50, 64), dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (rows @ texts.T).dtype == torch.bfloat16
+        found = metrics.scores_of(rows, texts)
+    assert found.dtype == torch.float32 and torch.equal(found, rows @ texts.T)

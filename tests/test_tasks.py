@@ -11,6 +11,8 @@ from mm import metrics
 from mm.answers import VocabularyConfig
 from mm.data.decode import BadSample
 from mm.errors import UserError
+from mm.evaluators import evaluate
+from mm.evaluators.task import TaskConfig as TaskSetConfig
 from mm.fusion import FusionConfig
 from mm.models.decoder import DecoderConfig
 from mm.models.fused import Fused
@@ -23,6 +25,7 @@ from mm.tasks.retrieval import RetrievalTaskConfig
 from mm.tasks.task import Training, lock_unused
 from mm.tasks.vqa import VqaTaskConfig
 from tests import tiny
+from tests.dist import run_ranks
 
 FUSION = FusionConfig(width=16, heads=2, layers=1, dropout=0.0)
 DECODER = DecoderConfig(width=16, heads=2, layers=1, dropout=0.0, length=12)
@@ -164,11 +167,15 @@ def test_a_model_of_one_modality_does_not_see_the_other(folder, alone, unused):
 
 
 def test_weights_and_smoothing_of_classes(folder):
-    counts = [6, 6, 6, 6]
-    assert class_weights("none", counts) is None
-    torch.testing.assert_close(class_weights("balanced", [1, 3, 0]), torch.tensor([2.0, 2 / 3, 0.0]))
+    counts = dict.fromkeys(range(3), 6)
+    assert class_weights("none", 3, counts) is None
+    torch.testing.assert_close(
+        class_weights("balanced", 3, {0: 1, 1: 3, 2: 0}), torch.tensor([2.0, 2 / 3, 0.0])
+    )
     with pytest.raises(UserError, match="2 weights for 3 classes"):
-        class_weights((1.0, 2.0), [1, 1, 1])
+        class_weights((1.0, 2.0), 3, counts)
+    with pytest.raises(UserError, match="balanced needs the labels before the first step"):
+        class_weights("balanced", 3, None)
     task, model = build("classification", folder, class_weights=(1.0, 2.0, 3.0, 4.0), label_smoothing=0.1)
     batch = batch_of(task, "classification")
     logits = model.heads["classes"](model.features(batch, ("image",)))
@@ -190,7 +197,7 @@ def test_a_zero_shot_start_classifies_as_the_zero_shot_classifier(folder):
 
 
 def test_balanced_classes_weigh_alike_in_total(folder):
-    weights = class_weights("balanced", [2, 4, 10])
+    weights = class_weights("balanced", 3, {0: 2, 1: 4, 2: 10})
     totals = weights * torch.tensor([2, 4, 10])
     torch.testing.assert_close(totals, totals[0].expand(3))
     assert totals.sum().item() == pytest.approx(16)
@@ -275,3 +282,19 @@ def test_heads_standardise_what_they_read(folder, kind):
         after = head(changed)
     first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
     torch.testing.assert_close(first(after), first(before), atol=2e-3, rtol=2e-3)
+
+
+def held_out(folder):
+    torch.set_num_threads(1)
+    found = {}
+    for kind in ("captioning", "open_vqa", "vqa"):
+        task, model = build(kind, folder)
+        config = TaskSetConfig(data=str(folder / PLACES[kind]), workers=0, batch=6)
+        found[kind] = evaluate(model, {"set": config}, {"main": task})["set"]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_tasks_own_loss_on_held_out_samples_is_the_same_on_any_ranks(folder, ranks):
+    alone = held_out(folder)
+    assert all(figures == alone for figures in run_ranks(held_out, ranks, folder))

@@ -3,6 +3,8 @@
 The same under `torchrun --nproc-per-node N -m train.finetune` and `deepspeed --module train.finetune`.
 """
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,15 +20,17 @@ from mm.data.streams import Streams
 from mm.data.transforms import AugmentConfig, TrainTransform
 from mm.encoders.lora import lora_scalings, merge_lora
 from mm.errors import UserError
+from mm.evaluators import evaluate
+from mm.files import write_atomically
 from mm.models.adapt import ImageAdaptation, TextAdaptation, adapt
 from mm.models.folder import Model, load_model
 from mm.models.fused import Fused, go_on_with_heads
 from mm.models.heads import Head
 from mm.models.two_tower import TwoTowerConfig, build_two_tower
-from mm.run import open_run
+from mm.run import METRICS, open_run
 from mm.tasks.registry import TASKS, TaskConfig
 from mm.tasks.task import Given, Task, Training, lock_unused
-from train.measuring import measure_heads
+from train.measuring import measure_heads, parts_to_measure
 from train.session import (
     MakeConfig,
     RunConfig,
@@ -97,6 +101,11 @@ class FinetuneConfig(RunConfig):
     def _one_start(self) -> "FinetuneConfig":
         if (self.model is None) == (self.towers is None):
             raise ValueError("give either model=RUN or towers={image: ..., text: ...}")
+        for name in ("image", "text") if self.towers else ():
+            tower = getattr(self.towers, name)
+            for key in ("lock", "unlock_last", "frozen_batchnorm"):
+                if getattr(tower, key, None):
+                    raise ValueError(f"towers.{name}.{key}: what is trained is said by {name}.{key} here")
         return self
 
     @model_validator(mode="after")
@@ -104,8 +113,11 @@ class FinetuneConfig(RunConfig):
         if MAIN in self.auxiliary:
             raise ValueError(f"auxiliary.{MAIN}: this is what the main task is called; choose another name")
         if self.wise_ft:
-            check_figure(self.sets, "wise_ft.target", self.wise_ft.target)
-            check_figure(self.sets, "wise_ft.reference", self.wise_ft.reference)
+            for key in ("target", "reference"):
+                name = getattr(self.wise_ft, key)
+                check_figure(self.sets, f"wise_ft.{key}", name)
+                if self.sets[name.partition("/")[0]].kind == "task":
+                    raise ValueError(f"wise_ft.{key}={name!r}: averages are evaluated without a task's loss")
         return self
 
 
@@ -125,10 +137,17 @@ def main(argv: list[str]) -> None:
     model: Model = Fused(towers, heads).to(distributed.device()) if heads else towers
     taken = {} if config.scratch else go_on_with_heads(model, source)
     lock_unused(model, list(tasks.values()))
-    first = open_streams(config, data, tasks, stop=BEGINNING * config.batch, share=(0, 1))
-    measure_heads(model, tasks, first, config.batch, known=taken)
+    parts = parts_to_measure([config.batch, *(other.batch for other in config.auxiliary.values())])
+    first = open_streams(
+        config, data, tasks, stop=BEGINNING * config.batch, micro_batches=parts, share=(0, 1)
+    )
+    measure_heads(model, tasks, first, config.batch // parts, known=taken)
     scalings = lora_scalings(model)
-    start = {name: value.clone() for name, value in model.state_dict().items()} if config.wise_ft else {}
+    start = (
+        {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+        if config.wise_ft
+        else {}
+    )
     about = {"task": config.task.kind, **({"lora": scalings} if scalings else {})}
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters())
@@ -159,11 +178,26 @@ def main(argv: list[str]) -> None:
             *(note for task in tasks.values() for note in task.notes),
             *(fewer_negatives(config.batch, engine) if tasks[MAIN].compares else []),
         ],
-        max_bad=config.data.max_bad,
+        max_bad=max_bad(config),
+        samples_beside=sum(other.batch for other in config.auxiliary.values()) / config.batch,
     )
     if config.wise_ft:
         wise_ft(config.wise_ft, run, merge_lora(start, scalings), config.sets)
+    write_submissions(config, run)
     finish(config, run, engine, model)
+
+
+def max_bad(config: FinetuneConfig) -> float:
+    """The share of all tasks' samples that may be unusable: the mean of their own shares, by their batches."""
+    every = [(config.batch, config.data), *((one.batch, one.data) for one in config.auxiliary.values())]
+    return sum(batch * data.max_bad for batch, data in every) / sum(batch for batch, _ in every)
+
+
+def write_submissions(config: FinetuneConfig, run: Path) -> None:
+    """Answer once more where files are to be handed in and `model/` may hold other weights than the last. Collective."""
+    asked = {name: one for name, one in config.sets.items() if getattr(one, "submission", None)}
+    if asked and (config.evaluate.best or config.wise_ft):
+        evaluate(load_model(run).to(distributed.device()), asked)
 
 
 def choose_shots(data: StreamConfig, shots: ShotsConfig | None, folder: Path) -> StreamConfig:
@@ -173,7 +207,21 @@ def choose_shots(data: StreamConfig, shots: ShotsConfig | None, folder: Path) ->
     if data.shards is None:
         raise UserError("shots are chosen of one data set: give data.shards, not data.mixture")
     shards, few = data.shards, shots
-    distributed.on_main(lambda: folder.exists() or write_shots(shards, folder, few.per_class, few.seed))
+    chosen = {"shards": [shards] if isinstance(shards, str) else list(shards), **few.model_dump()}
+    record = folder.parent / "shots.json"
+
+    def choose() -> None:
+        begun = (
+            folder.parent / METRICS
+        ).exists()  # then the config is the same, but the shards may have moved
+        same = record.exists() and json.loads(record.read_text()) == chosen
+        if folder.exists() and (begun or same):
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        write_shots(shards, folder, few.per_class, few.seed)
+        write_atomically(record, (json.dumps(chosen) + "\n").encode())
+
+    distributed.on_main(choose)
     return data.model_copy(update={"shards": str(folder)})
 
 

@@ -93,6 +93,7 @@ class Loop:
         best: str | None,
         keep: int,
         max_bad: float,
+        samples_beside: float = 0.0,
         patience: int | None = None,
     ) -> None:
         self.run = run
@@ -107,6 +108,7 @@ class Loop:
         self.best = best
         self.keep = keep
         self.max_bad = max_bad
+        self.samples_beside = samples_beside
         self.patience = patience
         self.ledger = Ledger(run / BAD_SAMPLES)
         self.bad: list[dict] = []
@@ -210,10 +212,11 @@ class Loop:
                 f"{len(entries)} samples could not be used and were replaced, such as {first['key']} of "
                 f"{first['shard']}: {first['reason']} (all in {self.ledger.path})"
             )
-        share = self.state.bad / self.state.samples
-        if share > self.max_bad and self.state.samples >= FEW_SAMPLES:
+        samples = round(self.state.samples * (1 + self.samples_beside))
+        share = self.state.bad / samples
+        if share > self.max_bad and samples >= FEW_SAMPLES:
             raise UserError(
-                f"{self.state.bad:,} of {self.state.samples:,} samples ({share:.1%}) could not be used, more than "
+                f"{self.state.bad:,} of {samples:,} samples ({share:.1%}) could not be used, more than "
                 f"data.max_bad={self.max_bad:g} allows; the last: {first['reason']}. Look at {self.ledger.path}; "
                 "`mm data check` finds all that is damaged, `mm data filter` leaves it out"
             )

@@ -1,7 +1,8 @@
 """Before the first step: what the towers make of some training samples, by which new heads standardise their inputs."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from mm.models.two_tower import inference
 from mm.tasks.task import Task
 
 SAMPLES = 512
+AT_ONCE = 64
+"""Samples of a forward pass: a whole batch may be larger than memory."""
+
+
+def parts_to_measure(batches: Sequence[int]) -> int:
+    """Into how many parts batches of these sizes are cut, so that none has more than `AT_ONCE` samples if possible."""
+    common = math.gcd(*batches)
+    return next((n for n in range(1, common) if common % n == 0 and max(batches) <= n * AT_ONCE), common)
 
 
 def measure_heads(
@@ -25,17 +34,16 @@ def measure_heads(
     """Let each head measure the features of the first training samples; rank 0 does it for all. Collective.
 
     Args:
-        batches: of the training streams from their beginning, whole.
-        batch: samples of the main task in each.
+        batches: of the training streams from their beginning, whole, in the parts of `parts_to_measure`.
+        batch: samples of the main task in each part.
         known: heads that bring their statistics with them.
     """
     new = {
         name: head for task in tasks.values() for name, head in task.heads.items() if name not in set(known)
     }
     if distributed.is_main() and new:
-        found: list[Any] = [
-            part for streamed in islice(batches, -(-SAMPLES // batch)) for part in streamed.batch
-        ]
+        every = chain.from_iterable(streamed.batch for streamed in batches)
+        found: list[Any] = list(islice(every, -(-SAMPLES // batch)))
         with inference(model) as device:
             for name, task in tasks.items():
                 heads = [head for key, head in task.heads.items() if key in new]

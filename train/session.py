@@ -22,7 +22,7 @@ from mm.optim import OptimConfig, learning_rates, parameter_groups, rate_delays
 from mm.report import ReportConfig
 from mm.run import BAD_SAMPLES, METRICS, check_same_stream
 from mm.tasks.task import Task
-from train.loop import CheckpointConfig, EvaluationConfig, Figures, Loop, Schedule
+from train.loop import CheckpointConfig, EvaluationConfig, Figures, Loop, Schedule, figure
 
 
 class MakeConfig(Config):
@@ -157,6 +157,7 @@ def train(
     architecture: Config | None = None,
     warnings: Sequence[str] = (),
     max_bad: float,
+    samples_beside: float = 0.0,
 ) -> None:
     """Go on with the run from its latest checkpoint, or begin it, and train it to its end. Collective.
 
@@ -170,6 +171,7 @@ def train(
         architecture: the config that the model was built from, to keep with it.
         warnings: what the user should know before the first step.
         max_bad: share of samples that cannot be used above which the run ends.
+        samples_beside: of other tasks, for each sample of the main one.
     """
     schedule = config.schedule()
     latest = checkpoint.latest(run, warn=message)
@@ -187,6 +189,9 @@ def train(
         facts = {"step": state.step, **(about or {})}
         distributed.on_main(lambda: save_model(run / "model", model, architecture, weights, facts))
 
+    if state.step == 0 and not config.evaluate.at_start:
+        with engine.evaluating():
+            try_sets(model, config, tasks)
     if distributed.is_main():
         for record in (METRICS, BAD_SAMPLES):
             cut(run / record, state.step if latest else -1)
@@ -213,11 +218,27 @@ def train(
             best=config.evaluate.best,
             keep=config.checkpoint.keep,
             max_bad=max_bad,
+            samples_beside=samples_beside,
             patience=config.evaluate.patience,
         )()
         coverage = stream.coverage(state.samples)
         covered = {"coverage": coverage} if len(coverage) > 1 else {}
         log.event("end", state.step, state.samples, seconds=time.perf_counter() - started, **covered)
+
+
+def try_sets(model: Model, config: RunConfig, tasks: Mapping[str, Task] | None) -> None:
+    """Evaluate a batch of each set: what is wrong with one is better known before the first step. Collective."""
+    few = {
+        name: one.model_copy(
+            update={"limit": min(one.limit or one.batch, one.batch), "workers": 0}
+            | ({"submission": None} if "submission" in type(one).model_fields else {})
+        )
+        for name, one in config.sets.items()
+    }
+    figures = evaluate(model, few, tasks)
+    best = config.evaluate.best
+    if best and not best.partition("/")[2].startswith("accuracy_"):  # of a kind of answer: not among so few
+        figure(figures, best)
 
 
 def finish(config: RunConfig, run: Path, engine: Engine, model: Model) -> None:

@@ -10,15 +10,15 @@ from mm.data.shards import Sample, ShardSet
 from mm.errors import UserError
 
 
-def count_labels(shards: str | Sequence[str], classes: int) -> dict[int, int]:
+def count_labels(shards: str | Sequence[str], classes: int) -> dict[int, int] | None:
     """Class -> samples, for every class from 0 to `classes` - 1; without those whose label cannot be read.
 
-    Shards behind URLs are not read beforehand: every class then counts 0.
+    Shards behind URLs are not read beforehand: None where there is one.
     Raises UserError for a label that is no class, naming the sample.
     """
     counts = dict.fromkeys(range(classes), 0)
     if any(map(is_remote, expand(shards))):
-        return counts
+        return None
     found = ShardSet(shards)
     for shard, size in enumerate(found.sizes.tolist()):
         for index in range(size):

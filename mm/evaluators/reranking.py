@@ -95,7 +95,7 @@ def _first(rows: Tensor, columns: Tensor, top: int) -> Tensor:
     """(Q, K) the columns nearest to each row, best first."""
     size = max(1, metrics.CHUNK // len(columns))
     top = min(top, len(columns))
-    return torch.cat([(some @ columns.T).topk(top, dim=1).indices for some in rows.split(size)])
+    return torch.cat([metrics.scores_of(some, columns).topk(top, dim=1).indices for some in rows.split(size)])
 
 
 def _judge(

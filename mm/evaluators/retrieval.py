@@ -107,7 +107,7 @@ def retrieve(model: "Model", config: SetConfig, queries: list[str], top: int) ->
         raise UserError(f"top={top}: at least one image is shown for a query")
     with embedding(model) as embed:
         image, facts, _ = embed.images(config).usable()
-        scores, order = (embed.texts(queries, config.batch) @ image.T).sort(
+        scores, order = metrics.scores_of(embed.texts(queries, config.batch), image).sort(
             dim=1, descending=True, stable=True
         )
     return [

@@ -63,7 +63,8 @@ def task(embed: Embedder, config: TaskConfig) -> dict[str, float]:
             first = facts[0]
             reasons = "; ".join(first["problems"].values())
             raise UserError(f"none of a batch of samples can be used; the first, {first['key']}: {reasons}")
-        loss, figures = chosen.loss(embed.model, batch)
+        with distributed.by_itself():  # ranks hold other batches, some of them twice
+            loss, figures = chosen.loss(embed.model, batch)
         names[:] = ["val_loss", *figures]
         values = torch.stack([loss, *figures.values()]).float()
         return torch.where(good[:, None], values, 0.0)  # the batch's means at each of its good samples

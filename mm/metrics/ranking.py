@@ -42,6 +42,12 @@ def topk_hits(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"], k: int) -
     return best_rank(scores, true) < min(k, scores.shape[1])
 
 
+def scores_of(rows: Float[Tensor, "N D"], columns: Float[Tensor, "C D"]) -> Float[Tensor, "N C"]:
+    """rows @ columns.T in their own precision: bfloat16, as autocast would have it, makes many scores equal."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ columns.T
+
+
 def classification_hits(
     image: Float[Tensor, "N D"],
     weights: Float[Tensor, "C D"],
@@ -49,10 +55,10 @@ def classification_hits(
     k: int,
     chunk: int = CHUNK,
 ) -> Bool[Tensor, " N"]:
-    """`topk_hits` of the scores image @ weights.T, at most `chunk` of them at a time."""
+    """`topk_hits` of `scores_of` images and weights, at most `chunk` of them at a time."""
     rows = max(1, chunk // len(weights))
     pairs = zip(image.split(rows), labels.split(rows), strict=True)
-    return torch.cat([topk_hits(some @ weights.T, true, k) for some, true in pairs])
+    return torch.cat([topk_hits(scores_of(some, weights), true, k) for some, true in pairs])
 
 
 def topk_accuracy(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"], k: int = 1) -> float:
@@ -109,11 +115,11 @@ def retrieval(
     image_positives = text_positives = 0
     for rows in torch.arange(len(image), device=image.device).split(max(1, chunk // len(text))):
         positives = _marks(by_image, rows, kinds)[:, text_ids]
-        image_ranks.append(best_rank(image[rows] @ text.T, positives))
+        image_ranks.append(best_rank(scores_of(image[rows], text), positives))
         image_positives += int(positives.sum())
     for rows in torch.arange(len(text), device=image.device).split(max(1, chunk // len(image))):
         positives = _marks(by_text, text_ids[rows], len(image))
-        text_ranks.append(best_rank(text[rows] @ image.T, positives))
+        text_ranks.append(best_rank(scores_of(text[rows], image), positives))
         text_positives += int(positives.sum())
     pairs = len(image) * len(text)
     return Retrieval(

@@ -1,7 +1,7 @@
 """Image classification: linear probes, full fine-tuning and k-shot, from scratch or from a zero-shot classifier."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -112,7 +112,7 @@ def build_classification(config: ClassificationTaskConfig, given: Given) -> Clas
     else:
         head = ClassHead(width=widths(towers, ("image",))["image"].pooled, classes=names)
     notes = []
-    empty = [name for name, count in zip(names, counts.values(), strict=True) if not count]
+    empty = [names[number] for number, count in (counts or {}).items() if not count]
     if empty:
         notes.append(f"{len(empty)} of {len(names)} classes have no training image, such as {empty[0]!r}")
     return ClassificationTask(
@@ -120,7 +120,7 @@ def build_classification(config: ClassificationTaskConfig, given: Given) -> Clas
         config.head,
         LabelPreparation(given.transform, len(names)),
         label_smoothing=config.label_smoothing,
-        weights=class_weights(config.class_weights, list(counts.values())),
+        weights=class_weights(config.class_weights, len(names), counts),
         notes=notes,
     )
 
@@ -134,15 +134,23 @@ def class_names(config: ClassificationTaskConfig, given: Given) -> list[str]:
     return read_lines(path)
 
 
-def class_weights(wanted: str | Sequence[float], counts: Sequence[int]) -> Tensor | None:
-    """(C,) weights of the classes; None for all alike. UserError where their number is not that of the classes."""
+def class_weights(
+    wanted: str | Sequence[float], classes: int, counts: Mapping[int, int] | None
+) -> Tensor | None:
+    """(C,) weights of the classes; None for all alike. UserError where their number is not that of the classes, and for
+    `balanced` where nobody has counted the samples of each."""
     if wanted == "none":
         return None
     if wanted == "balanced":
-        present = sum(count > 0 for count in counts)
-        return torch.tensor([sum(counts) / (present * count) if count else 0.0 for count in counts])
-    if len(wanted) != len(counts):
-        raise UserError(f"task.class_weights has {len(wanted)} weights for {len(counts)} classes")
+        if counts is None:
+            raise UserError(
+                "task.class_weights=balanced needs the labels before the first step, and those behind URLs are "
+                "not read beforehand; give the weights as a list"
+            )
+        total, present = sum(counts.values()), sum(count > 0 for count in counts.values())
+        return torch.tensor([total / (present * count) if count else 0.0 for count in counts.values()])
+    if len(wanted) != classes:
+        raise UserError(f"task.class_weights has {len(wanted)} weights for {classes} classes")
     return torch.tensor(wanted)
 
 
