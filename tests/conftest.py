@@ -1,6 +1,7 @@
 """What holds for all tests: no network, one thread a process, checked shapes, and where the time went."""
 
 import os
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ os.environ |= {
     "MKL_NUM_THREADS": "1",
     "MPLBACKEND": "Agg",
 }
+
+# a shell that starts the tests in the background has it ignored, and so would the programs that are interrupted here
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 install_import_hook(["mm.losses", "mm.metrics", "mm.fusion"], "beartype.beartype")
 
