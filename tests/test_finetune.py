@@ -27,7 +27,6 @@ from tests.dist import finish, start_program
 from tests.test_open_clip_towers import CLIP
 from tests.test_pretrain import events, losses
 from train import finetune
-from train.measuring import parts_to_measure
 
 ROOT = Path(__file__).parent.parent
 FUSION = "task.fusion={kind: cross, width: 16, heads: 2, layers: 1}"
@@ -322,10 +321,6 @@ def test_the_control_from_scratch_has_the_same_form_and_other_weights(root, tmp_
         ("sets={test: {kind: retrieval, data: ROOT/captions, rerank: 4}}", "no MatchingHead"),
         ("sets={test: {kind: classification, data: ROOT/captions}}", "class"),
         ("sets={test: {kind: task, data: ROOT/questions, task: other}}", "no task 'other'"),
-        (
-            "wise_ft={target: test/val_loss, reference: test/val_loss}",
-            "without a task's loss|figures of test are",
-        ),
     ],
 )
 def test_mistakes_are_named_before_the_first_step(root, tmp_path, override, message):
@@ -333,6 +328,13 @@ def test_mistakes_are_named_before_the_first_step(root, tmp_path, override, mess
     with pytest.raises(UserError, match=message):
         finetune.main([*words, override.replace("ROOT", str(root))])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_averages_are_not_judged_by_a_tasks_loss(root, tmp_path):
+    sets = f"sets={{test: {{kind: task, data: {root}/questions}}}}"
+    wise = "wise_ft={target: test/val_loss, reference: test/val_loss}"
+    with pytest.raises(UserError, match="averages are evaluated without a task's loss"):
+        finetune.main(vqa(root, tmp_path / "run", "evaluate.best=null", sets, wise))
 
 
 def test_towers_by_name_are_locked_where_the_run_says_so(root, tmp_path):
@@ -400,10 +402,3 @@ def test_the_resolved_config_repeats_the_run(whole, tmp_path):
 
     config = load(finetune.FinetuneConfig, run / "config.yaml")
     assert dump(config) == (run / "config.yaml").read_text()
-
-
-@pytest.mark.parametrize(
-    ("batches", "parts"), [([64], 1), ([4096], 64), ([96, 48], 2), ([100], 2), ([97], 97), ([512, 130], 2)]
-)
-def test_what_heads_measure_fits_in_memory(batches, parts):
-    assert parts_to_measure(batches) == parts

@@ -17,6 +17,7 @@ from mm.errors import UserError
 ADAPTER = "default"
 A, B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 BASE = ".base_layer."
+IN_BLOCK = re.compile(r"\.\d+\.")  # blocks are numbered; poolers and projections are not
 IN_LAYER = re.compile(r"_\.(weight|bias)$")  # in_proj_.weight, as `AttentionInLayers` calls in_proj_weight
 
 
@@ -163,7 +164,7 @@ def _in_layers(trunk: nn.Module) -> dict[str, nn.MultiheadAttention]:
         and module.in_proj_weight is not None  # else keys and values are of another width
         and module.bias_k is None
         and not module.add_zero_attn
-        and re.search(r"\.\d+\.", f".{name}")  # a pooler attends to another sequence
+        and IN_BLOCK.search(f".{name}")  # a pooler attends to another sequence
     }
     for name, module in whole.items():
         trunk.set_submodule(name, AttentionInLayers(module))
@@ -175,11 +176,11 @@ def _targets(encoder: ImageEncoder | TextEncoder, wanted: tuple[str, ...] | None
     model = encoder.spec["name"]
     modules = {name: module for name, module in encoder.trunk.named_modules() if name}
     called = _called(encoder)
-    if wanted is None:  # blocks are numbered; poolers and projections are not
+    if wanted is None:
         chosen = [
             name
             for name, module in modules.items()
-            if isinstance(module, nn.Linear) and module in called and re.search(r"\.\d+\.", f".{name}")
+            if isinstance(module, nn.Linear) and module in called and IN_BLOCK.search(f".{name}")
         ]
         if not chosen:
             others = dict.fromkeys(_end(n) for n, m in modules.items() if m in called and not _obstacle(m))
