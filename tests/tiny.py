@@ -13,10 +13,12 @@ from mm.data.transforms import EvalTransform
 from mm.data.writer import ShardWriter
 from mm.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
 from mm.tasks.task import Given
+from tests import videos
 
 SIZE = 32
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 NAMES = list(COLOURS)
+CHANGES = ["brighter", "darker"]
 TOWERS = {
     "image": {"name": "vit_tiny_patch16_224", "size": SIZE, "kwargs": {"depth": 1}},
     "text": {
@@ -42,7 +44,9 @@ def given(model: TwoTower, *shards: Path | str) -> Given:
     """What a task is built from, without augmentation."""
     transform = EvalTransform(model.image.size, model.image.resize_mode, model.image.interpolation)
     return Given(
-        model, lambda image, rng: transform(image.pixels()), [str(one) for one in shards] or ["no/such/place"]
+        model,
+        lambda image, rng: transform(image if isinstance(image, torch.Tensor) else image.pixels()),
+        [str(one) for one in shards] or ["no/such/place"],
     )
 
 
@@ -123,3 +127,26 @@ def statements(folder: Path, count: int) -> Path:
             {"left.png": png(left, i), "right.png": png(right, i + 1000), "json": json.dumps(about).encode()}
         )
     return write(folder, samples)
+
+
+def clips(folder: Path, count: int, frames: int = 6) -> Path:
+    """Pairs of videos, growing brighter and the same growing darker, with class, name, captions and question."""
+    samples = []
+    for i in range(count):
+        pictures = videos.pictures(frames, SIZE, SIZE, step=30)
+        pictures[:, :, :, i // 2 % 3] //= 2 + i // 6 % 3
+        number = i % 2
+        about = {"question_id": i, "question": "which way?", "answers": [CHANGES[number]] * 10, "fps": 10}
+        stored = videos.jpegs(pictures[:: 1 - 2 * number])
+        samples.append(
+            {
+                **{f"{n:04d}.jpg": data for n, data in enumerate(stored)},
+                "cls": str(number).encode(),
+                "txt": f"it is {CHANGES[number]}, video {i}\n{CHANGES[number]}".encode(),
+                "json": json.dumps(about).encode(),
+            }
+        )
+    write(folder, samples)
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in CHANGES))
+    (folder / "answers.json").write_text(json.dumps(dict.fromkeys(CHANGES, count // 2)))
+    return folder

@@ -19,6 +19,7 @@ from mm.data.stream import Stream, StreamConfig
 from mm.data.streams import Streams
 from mm.data.transforms import AugmentConfig, TrainTransform
 from mm.encoders.lora import lora_scalings, merge_lora
+from mm.encoders.video import VideoConfig
 from mm.errors import UserError
 from mm.evaluators import evaluate
 from mm.files import write_atomically
@@ -84,6 +85,9 @@ class FinetuneConfig(RunConfig):
     """How the image tower is changed before it is trained."""
     text: TextAdaptation = TextAdaptation()
     """How the text tower is changed before it is trained."""
+    video: VideoConfig | None = None
+    """How videos are read: which clips, and what reads time in them; null: as in the model, at first the mean of
+    frames."""
     task: TaskConfig
     """What the model learns."""
     data: StreamConfig
@@ -131,7 +135,9 @@ def main(argv: list[str]) -> None:
     data = choose_shots(config.data, config.shots, run / "shots")
     torch.manual_seed(config.seed)
     source = load_model(config.model) if config.model else build_two_tower(config.towers or TwoTowerConfig())
-    towers = adapt(source.towers, config.image, config.text, scratch=config.scratch).to(distributed.device())
+    towers = adapt(source.towers, config.image, config.text, config.video, config.scratch).to(
+        distributed.device()
+    )
     tasks = build_tasks(config, data, towers)
     heads = all_heads(tasks)
     model: Model = Fused(towers, heads).to(distributed.device()) if heads else towers

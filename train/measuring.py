@@ -18,6 +18,7 @@ from mm.models.two_tower import inference
 from mm.tasks.task import Task
 
 SAMPLES = 512
+"""Of videos as many frames, about."""
 AT_ONCE = 64
 """Samples of a forward pass: a whole batch may be larger than memory."""
 
@@ -46,10 +47,12 @@ def measure_heads(
         found: list[Any] = list(islice(every, -(-SAMPLES // batch)))
         with inference(model) as device:
             for name, task in tasks.items():
+                clip = task.preparation.clip
+                several = found if clip is None else found[: -(-len(found) // clip.frames)]
                 heads = [head for key, head in task.heads.items() if key in new]
                 wanted = {modality for head in heads for modality in head.modalities}
                 features = {
-                    one: _features(model, one, [part[name] for part in found], device)
+                    one: _features(model, one, [part[name] for part in several], device)
                     for one in sorted(wanted)
                 }
                 for head in heads:

@@ -190,13 +190,21 @@ def _pillow(data: bytes) -> Iterator[Image.Image]:
         yield Image.open(io.BytesIO(data), formats=FORMATS)
 
 
+@contextmanager
+def opened_image(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """What Pillow has opened, of no more than max_pixels pixels; what it raises in the body becomes BadSample too."""
+    with _bad_sample(data):
+        if data[8:16] == b"WEBPVP8X":  # Pillow allocates the canvas before it tells its size
+            width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+            _check_pixels(width, height, max_pixels)
+        with _pillow(data) as opened:
+            _check_pixels(*opened.size, max_pixels)
+            yield opened
+
+
 def _with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """(H, W, 3), or (H, W, 4) with alpha."""
-    if data[8:16] == b"WEBPVP8X":  # Pillow allocates the canvas before it tells its size
-        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
-        _check_pixels(width, height, max_pixels)
-    with _pillow(data) as opened:
-        _check_pixels(*opened.size, max_pixels)
+    with opened_image(data, max_pixels) as opened:
         ImageOps.exif_transpose(opened, in_place=True)
         if opened.mode.startswith("I") or opened.mode == "F":
             grey, unit = np.asarray(opened), 257 if opened.mode.startswith("I;16") else 1

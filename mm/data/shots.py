@@ -15,6 +15,7 @@ from mm.data.lines import read_lines
 from mm.data.remote import is_remote
 from mm.data.shards import Sample, ShardSet
 from mm.data.sources.output import complete_folder
+from mm.data.video import has_video, video_of
 from mm.data.writer import ShardWriter
 from mm.errors import UserError
 
@@ -133,10 +134,18 @@ def _chosen(samples: ShardSet, places: list[_Place], k: int, skipped: list[dict[
         for place in group:
             with _skipping(samples, place.shard, place.number, skipped):
                 sample = samples.read(place.shard, place.number)
-                decode.image(decode.image_member(sample))
+                _decode(sample)
                 usable.append(place._replace(turn=(place.turn[0], _digest(sample))))
         found += sorted(usable)[: k - len(found)]
     return found
+
+
+def _decode(sample: Sample) -> None:
+    """BadSample where the image, or the first frame of the video, cannot be decoded."""
+    if has_video(sample.members):
+        next(iter(video_of(sample).frames([0])))
+    else:
+        decode.image(decode.image_member(sample))
 
 
 def _digest(sample: Sample) -> bytes:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from mm.config import Config
@@ -50,6 +51,10 @@ class AugmentConfig(Config):
     """Largest shift either way, as a share of the side."""
     zoom: tuple[float, float] = (1.0, 1.0)
     """Factor of enlargement about the centre, from and to; below 1 leaves a border (for drawings)."""
+    rand_augment: int = Field(0, ge=0)
+    """How many operations of RandAugment (Cubuk et al. 2019, arXiv:1909.13719) are drawn for each image; 0: none."""
+    rand_magnitude: int = Field(9, ge=0, le=30)
+    """How strong those are."""
     background: Literal["white", "random"] = "white"
     """Colour behind transparent pixels and around turned or shifted images; random: drawn anew each time."""
     dct_scaling: bool = False
@@ -92,7 +97,22 @@ class TrainTransform:
             image = _jitter(image, augment.color_jitter, rng)
         if augment.gray and rng.random() < augment.gray:
             image = F.rgb_to_grayscale(image, num_output_channels=3)
+        if augment.rand_augment:
+            image = self._rand_augment(image, background, rng)
         return image
+
+    def _rand_augment(self, image: Tensor, background: tuple[int, int, int], rng: random.Random) -> Tensor:
+        """torchvision's, which draws from torch's generator: from one that begins anew here."""
+        operations = v2.RandAugment(
+            self.augment.rand_augment,
+            self.augment.rand_magnitude,
+            interpolation=InterpolationMode.BILINEAR,
+            fill=list(background),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.getrandbits(63))
+            varied: Tensor = operations(tv_tensors.Image(image)).as_subclass(Tensor)
+        return varied
 
     def _crop(self, image: Tensor | EncodedImage, rng: random.Random) -> Tensor:
         height, width = image.size if isinstance(image, EncodedImage) else image.shape[-2:]

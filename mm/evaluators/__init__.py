@@ -12,7 +12,7 @@ from mm.evaluators.classification import ClassificationConfig, classification
 from mm.evaluators.embedding import Embedder, embedding
 from mm.evaluators.entailment import EntailmentConfig, entailment
 from mm.evaluators.loss import LossConfig, loss
-from mm.evaluators.passes import open_set
+from mm.evaluators.passes import ViewsConfig, open_set
 from mm.evaluators.retrieval import KS, Ranking, RetrievalConfig, retrieval, retrieve
 from mm.evaluators.task import TaskConfig, task
 from mm.evaluators.vqa import VqaConfig, vqa
@@ -29,6 +29,7 @@ __all__ = [
     "LossConfig",
     "Ranking",
     "RetrievalConfig",
+    "ViewsConfig",
     "VqaConfig",
     "evaluate",
     "open_set",
@@ -61,7 +62,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "retrieval": tuple(
         f"{way}_recall@{k}{how}"
         for how in ("", "_reranked")
-        for way in ("image_to_text", "text_to_image")
+        for way in ("image_to_text", "text_to_image", "video_to_text", "text_to_video")
         for k in KS
     ),
     "loss": ("val_loss",),

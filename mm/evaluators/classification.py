@@ -1,6 +1,5 @@
-"""Classification: the class whose prompts are nearest to the image (zero-shot; CLIP, Radford et al. 2021), or the one
-that a head names.
-"""
+"""Classification of images and videos: the class whose prompts are nearest (zero-shot; CLIP, Radford et al. 2021), or
+the one that a head names."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,18 +10,21 @@ from torch import Tensor
 from mm import metrics, zeroshot
 from mm.data.lines import read_lines
 from mm.errors import UserError
-from mm.evaluators.embedding import Embedder, EverythingReading
-from mm.evaluators.passes import Facts, SetConfig, beside, open_set, pass_over, usable
+from mm.evaluators.embedding import Embedder, EverythingReading, mean_of_views
+from mm.evaluators.passes import Facts, SetConfig, ViewsConfig, beside, open_set, pass_over, usable
+from mm.models.fused import CLIPS
 from mm.models.heads import ClassHead
 
 
 class ClassificationConfig(SetConfig):
-    """Images with a class number in `.cls`, named by words."""
+    """Images or videos with a class number in `.cls`, named by words."""
 
     kind: Literal["classification"] = "classification"
     """Zero-shot classification, or by a head."""
     head: str | None = None
     """A classification head of the model; null: zero-shot, by the class names."""
+    video: ViewsConfig | None = None
+    """The samples are videos, looked at like this ({}: once); null: images."""
     classnames: Path | tuple[str, ...] | None = None
     """Names of the classes in the order of their numbers, or a file with one a line; null: the set's
     classnames.txt.
@@ -42,7 +44,7 @@ def classification(embed: Embedder, config: ClassificationConfig) -> dict[str, f
     if config.head is None:
         if not names:
             raise UserError(f"no class names: give `classnames`, or put a classnames.txt into {config.data}")
-        image, facts, bad = embed.images(config).usable("label")
+        image, facts, bad = embed.images(config, config.video).usable("label")
         templates = _lines(config, config.templates, "zeroshot_classification_templates.txt") or ["{}"]
         weights = zeroshot.classifier(names, templates, lambda texts: embed.texts(texts, config.batch))
     else:
@@ -73,20 +75,29 @@ def classification(embed: Embedder, config: ClassificationConfig) -> dict[str, f
 def _by_head(
     embed: Embedder, config: ClassificationConfig, names: list[str]
 ) -> tuple[Tensor, Tensor, list[Facts], int, list[str]]:
-    """The head's logits (N, C) in place of embeddings, and an identity in place of a classifier's rows; facts, how many
-    samples were left out, and the names of the head's classes."""
+    """The head's logits (N, C), of videos the mean over views of the probabilities (TSN, Wang et al. 2016), in place
+    of embeddings, and an identity in place of a classifier's rows; facts, how many samples were left out, and the
+    names of the head's classes."""
     head = embed.head(ClassHead, config.head)
     if names and names != head.classes:
         raise UserError(
             f"the classes of {config.data} ({len(names)}: {', '.join(names[:3])}, ...) are not those that head "
             f"{config.head} was trained on ({len(head.classes)}: {', '.join(head.classes[:3])}, ...)"
         )
-    rows, facts = pass_over(
-        config,
-        open_set(config),
-        EverythingReading(embed.transform()),
-        lambda batch, facts: head(embed.features(batch, head.modalities)),
-    )
+    views = embed.views(config.video)
+    video = bool(CLIPS.keys() & set(head.modalities))
+    if video != (views is not None):
+        raise UserError(
+            f"head {config.head} reads {head.modalities[0]}: "
+            + ("give the set `video: {}`" if video else "leave `video` of the set out")
+        )
+
+    def compute(batch: dict[str, Tensor], facts: list[Facts]) -> Tensor:
+        logits = head(embed.features(batch, head.modalities))
+        return logits if views is None else mean_of_views(logits.softmax(1), views.number)
+
+    reading = EverythingReading(embed.transform(), views)
+    rows, facts = pass_over(config, open_set(config), reading, compute)
     good = usable(facts, "label")
     identity = torch.eye(len(head.classes), device=rows.device)
     return rows[good], identity, [facts[i] for i in good], len(facts) - len(good), head.classes

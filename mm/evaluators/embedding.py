@@ -6,18 +6,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm import distributed
 from mm.data import decode
+from mm.data.clips import Views
 from mm.data.questions import label
 from mm.data.shards import Sample
 from mm.data.transforms import EvalTransform
+from mm.data.video import video_bytes
 from mm.encoders import Features
 from mm.evaluators.passes import (
     Facts,
     Reading,
     SetConfig,
+    ViewsConfig,
     batch_sizes,
     in_order,
     open_set,
@@ -35,7 +39,7 @@ H = TypeVar("H", bound=Head)
 
 
 class Images(NamedTuple):
-    """Every sample of a set, in order, those that cannot be used included."""
+    """Every image or video of a set, in order, those that cannot be used included."""
 
     features: Tensor  # (N, D) unit rows
     facts: list[Facts]  # N: image_id (equal for equal bytes), label, captions
@@ -71,19 +75,32 @@ class Embedder:
         """The model's head of a class, by name where it has several. UserError where it has none."""
         return find_head(self.model, kind, name)
 
+    def views(self, video: ViewsConfig | None) -> Views | None:
+        """How videos are looked at; None for images."""
+        if video is None:
+            return None
+        return Views(video.clip or self.towers.video.clip, video.clips, video.crops, video.reversed)
+
     def features(self, batch: dict[str, Tensor], modalities: Iterable[str]) -> dict[str, Features | None]:
-        """What the towers make of a batch, by modality."""
+        """What the towers make of a batch, by modality; of several clips of a video each is a row."""
+        if "clips" in batch:
+            batch = {**batch, "clips": batch["clips"].flatten(0, 1)}
         return read_features(self.towers, batch, modalities)
 
-    def images(self, config: SetConfig) -> Images:
-        """All images of a set. Collective."""
-        name = (config.data, config.split, config.batch, config.limit)
+    def images(self, config: SetConfig, video: ViewsConfig | None = None) -> Images:
+        """All images of a set, or all videos: the mean of the unit rows of a video's clips, of length 1. Collective."""
+        name = (config.data, config.split, config.batch, config.limit, video)
         if name not in self._images:
-            reading = EverythingReading(self.transform())
-            rows, facts = pass_over(
-                config, open_set(config), reading, lambda batch, facts: self.towers(batch["images"]).image
-            )
-            self._images[name] = Images(rows, facts)
+            views = self.views(video)
+
+            def compute(batch: dict[str, Tensor], facts: list[Facts]) -> Tensor:
+                if views is None:
+                    return self.towers(batch["images"]).image
+                clips = self.towers(clips=batch["clips"].flatten(0, 1)).video
+                return F.normalize(mean_of_views(clips, views.number), dim=1)
+
+            reading = EverythingReading(self.transform(), views)
+            self._images[name] = Images(*pass_over(config, open_set(config), reading, compute))
         return self._images[name]
 
     def texts(self, texts: Sequence[str], batch: int) -> Tensor:
@@ -114,14 +131,24 @@ class EverythingReading(Reading):
         if sample is None:
             return image
         if "image" not in facts["problems"]:
-            data = decode.image_member(sample)
-            facts["image_id"] = hashlib.blake2b(data, digest_size=16).hexdigest()
+            facts["image_id"] = hashlib.blake2b(self._seen(sample), digest_size=16).hexdigest()
         for field, read in (("captions", decode.captions), ("label", label)):
             try:
                 facts[field] = read(sample)
             except decode.BadSample as error:
                 facts["problems"][field] = error.reason
         return image
+
+    def _seen(self, sample: Sample) -> bytes:
+        if self.views is None:
+            return decode.image_member(sample)
+        found = video_bytes(sample.members)
+        return found if isinstance(found, bytes) else b"".join(found)
+
+
+def mean_of_views(rows: Tensor, views: int) -> Tensor:
+    """(B * V, D), the views of a sample in a row -> (B, D)."""
+    return rows.unflatten(0, (-1, views)).mean(1)
 
 
 @contextmanager

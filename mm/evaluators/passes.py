@@ -8,7 +8,7 @@ The rows then come together in order.
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,28 @@ from torch.utils.data import DataLoader, Dataset
 from mm import distributed
 from mm.config import Config
 from mm.data import decode
+from mm.data.clips import Views, clip_views
 from mm.data.shards import Sample, ShardSet
 from mm.data.transforms import EvalTransform
+from mm.data.video import video_of
 from mm.data.workers import handed_over, start_worker, take
+from mm.encoders.video import ClipConfig
 from mm.errors import UserError
 
 TIMEOUT_S = 900.0  # for a batch from the workers
+
+
+class ViewsConfig(Config):
+    """How the videos of a set are looked at."""
+
+    clips: int = Field(1, ge=1)
+    """Clips of each, evenly spread over it; what the model makes of them is averaged."""
+    crops: Literal[1, 3] = 1
+    """Of each clip: 1: the middle; 3: both ends of the longer side of its frames too."""
+    clip: ClipConfig | None = None
+    """How a clip is taken; null: as the model was trained."""
+    reversed: bool = False
+    """Show them backwards: the control that tells whether the order of frames is read."""
 
 
 class SetConfig(Config):
@@ -50,27 +66,42 @@ Facts = dict[str, Any]
 
 
 class Reading:
-    """Sample -> image and facts, in the workers. Base of what reads more of a sample."""
+    """Sample -> image, or clips of its video, and facts, in the workers. Base of what reads more of a sample."""
 
-    def __init__(self, transform: EvalTransform) -> None:
+    def __init__(self, transform: EvalTransform, views: Views | None = None) -> None:
+        """Without views it reads images."""
         self.transform = transform
+        self.views = views
+
+    @property
+    def visual(self) -> str:
+        """The key of a batch that holds what is seen: images (B, 3, S, S) or clips (B, V, T, 3, S, S), uint8."""
+        return "images" if self.views is None else "clips"
 
     def __call__(self, sample: Sample | None, facts: Facts) -> Any:
         """The item of a sample, with blanks for what cannot be used; None: of one that could not be read."""
         return self.image(sample, facts)
 
     def collate(self, items: list[Any]) -> dict[str, Tensor]:
-        """Items -> tensors: images (B, 3, S, S) uint8."""
-        return {"images": torch.stack(items)}
+        """Items -> tensors: what is seen."""
+        return {self.visual: torch.stack(items)}
 
     def image(self, sample: Sample | None, facts: Facts, data: bytes | None = None) -> Tensor:
-        """The image (3, S, S), black where it cannot be used; `data` in place of the sample's image member."""
+        """The image (3, S, S) or the clips (V, T, 3, S, S), black where they cannot be used; `data` in place of the
+        sample's image member."""
         if sample is not None:
             try:
+                if self.views is not None:
+                    return clip_views(video_of(sample), self.views, self.transform)
                 return self.transform(decode.image(decode.image_member(sample) if data is None else data))
             except decode.BadSample as error:
                 facts["problems"]["image"] = error.reason
-        return torch.zeros(3, *self.transform.size, dtype=torch.uint8)
+        black = torch.zeros(3, *self.transform.size, dtype=torch.uint8)
+        return (
+            black
+            if self.views is None
+            else black.expand(self.views.number, self.views.clip.frames, *black.shape)
+        )
 
 
 def pass_over(

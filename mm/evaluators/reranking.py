@@ -11,7 +11,7 @@ bounded, and all ranks do equally many forward passes.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ from mm.data.shards import Sample
 from mm.encoders import Features
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder
-from mm.evaluators.passes import Facts, Reading, SetConfig, open_set, pass_over
+from mm.evaluators.passes import Facts, Reading, open_set, pass_over
 from mm.models.heads import MatchingHead
+
+if TYPE_CHECKING:
+    from mm.evaluators.retrieval import RetrievalConfig
 
 
 class _PairReading(Reading):
@@ -40,7 +43,7 @@ class _PairReading(Reading):
         """images (U, 3, S, S), each once, and of each pair the row of its image (B,)."""
         distinct = list({id(image): image for image in items}.values())
         row = {id(image): i for i, image in enumerate(distinct)}
-        return {"images": torch.stack(distinct), "rows": torch.tensor([row[id(image)] for image in items])}
+        return {self.visual: torch.stack(distinct), "rows": torch.tensor([row[id(image)] for image in items])}
 
 
 class Pairs(NamedTuple):
@@ -56,7 +59,7 @@ class Pairs(NamedTuple):
 
 def rerank(
     embed: Embedder,
-    config: SetConfig,
+    config: "RetrievalConfig",
     ranks: metrics.Retrieval,
     pairs: Pairs,
     *,
@@ -67,8 +70,9 @@ def rerank(
     """The ranks, given in the towers' order, where the first `top` of each query stand in the order of the logits of the
     matching head called `name` - and of the towers' together, unless `alone`. Collective."""
     head = embed.head(MatchingHead, name)
-    if set(head.modalities) != {"image", "text"}:
-        raise UserError(f"the matching head reads {' and '.join(head.modalities)}, not an image and a text")
+    seen = "image" if config.video is None else "video"
+    if set(head.modalities) != {seen, "text"}:
+        raise UserError(f"the matching head reads {' and '.join(head.modalities)}, not {seen} and text")
     count, device = len(pairs.captions), pairs.image.device
     # a pair's code is image * T + text
     by_image = _first(pairs.image, pairs.text, top)
@@ -99,23 +103,26 @@ def _first(rows: Tensor, columns: Tensor, top: int) -> Tensor:
 
 
 def _judge(
-    embed: Embedder, config: SetConfig, head: MatchingHead, codes: Sequence[int], pairs: Pairs
+    embed: Embedder, config: "RetrievalConfig", head: MatchingHead, codes: Sequence[int], pairs: Pairs
 ) -> Tensor:
     """(P,) the head's logits of pairs by their codes. Collective."""
     device, count = distributed.device(), len(pairs.captions)
+    views = embed.views(config.video)
+    seen = "image" if views is None else "video"
 
     def compute(batch: dict[str, Tensor], facts: list[Facts]) -> Tensor:
         texts = [pairs.captions[codes[fact["place"]] % count] for fact in facts]
         input_ids, mask = embed.towers.token_ids(texts)
-        shown = embed.towers.image(batch["images"])
+        shown = embed.features(batch, (seen,))[seen]
+        assert shown is not None
         features: dict[str, Features | None] = {
-            "image": Features(*(part[batch["rows"]] for part in shown)),
+            seen: Features(*(part[batch["rows"]] for part in shown)),
             "text": embed.towers.text(input_ids.to(device), mask.to(device)),
         }
         return head(features)[:, None]
 
     indices = [pairs.facts[code // count]["index"] for code in codes]
     logits, _ = pass_over(
-        config, open_set(config), _PairReading(embed.transform()), compute, indices, keep_facts=False
+        config, open_set(config), _PairReading(embed.transform(), views), compute, indices, keep_facts=False
     )
     return logits[:, 0]

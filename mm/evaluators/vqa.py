@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mm import distributed, metrics
+from mm.data.clips import Views
 from mm.data.decode import BadSample
 from mm.data.lines import read_lines
 from mm.data.questions import question
@@ -19,7 +20,7 @@ from mm.data.transforms import EvalTransform
 from mm.encoders.text import Tokenizer
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder
-from mm.evaluators.passes import Facts, Reading, SetConfig, open_set, pass_over, usable
+from mm.evaluators.passes import Facts, Reading, SetConfig, ViewsConfig, open_set, pass_over, usable
 from mm.files import write_atomically
 from mm.models.generation import generate, rank_candidates
 from mm.models.heads import AnswerHead, WritingHead
@@ -28,7 +29,7 @@ UNANSWERABLE = "unanswerable"  # as VizWiz's annotators wrote
 
 
 class VqaConfig(SetConfig):
-    """Questions about images, a sample each."""
+    """Questions about images or videos, a sample each."""
 
     kind: Literal["vqa"] = "vqa"
     """Visual question answering, by a head."""
@@ -45,15 +46,17 @@ class VqaConfig(SetConfig):
 
 
 class _QuestionReading(Reading):
-    """The image and the question; as facts its answers and what else the figures need."""
+    """The image or video and the question; as facts its answers and what else the figures need."""
 
-    def __init__(self, transform: EvalTransform, tokenizer: Tokenizer, reads_images: bool) -> None:
-        super().__init__(transform)
+    def __init__(
+        self, transform: EvalTransform, views: Views | None, tokenizer: Tokenizer, looks: bool
+    ) -> None:
+        super().__init__(transform, views)
         self.tokenizer = tokenizer
-        self.reads_images = reads_images
+        self.looks = looks
 
     def __call__(self, sample: Sample | None, facts: Facts) -> tuple[Tensor, list[int]]:
-        image = self.image(sample if self.reads_images else None, facts)
+        image = self.image(sample if self.looks else None, facts)
         text = ""
         if sample is not None:
             try:
@@ -67,9 +70,10 @@ class _QuestionReading(Reading):
         return image, self.tokenizer(text)
 
     def collate(self, items: list[Any]) -> dict[str, Tensor]:
-        """images (B, 3, S, S) uint8, input_ids and mask (B, L)."""
+        """What is seen, input_ids and mask (B, L)."""
         input_ids, mask = self.tokenizer.pad([ids for _, ids in items])
-        return {"images": torch.stack([image for image, _ in items]), "input_ids": input_ids, "mask": mask}
+        seen = torch.stack([image for image, _ in items])
+        return {self.visual: seen, "input_ids": input_ids, "mask": mask}
 
 
 def vqa(embed: Embedder, config: VqaConfig) -> dict[str, float]:
@@ -78,7 +82,9 @@ def vqa(embed: Embedder, config: VqaConfig) -> dict[str, float]:
     in_vocabulary, the share of questions to which the head knows a right answer; samples, bad.
     """
     answerer = _answerer(embed, config)
-    reading = _QuestionReading(embed.transform(), embed.towers.text.tokenizer, "image" in answerer.modalities)
+    views = embed.views(ViewsConfig()) if "video" in answerer.modalities else None
+    looks = bool({"image", "video"} & set(answerer.modalities))
+    reading = _QuestionReading(embed.transform(), views, embed.towers.text.tokenizer, looks)
     rows, facts = pass_over(config, open_set(config), reading, answerer.compute)
     good = usable(facts, "question")
     predictions = [answerer.say(rows[i], facts[i]) for i in good]

@@ -7,6 +7,7 @@ from mm.config import Config
 from mm.encoders.image import ImageEncoder, image_encoder
 from mm.encoders.lora import LoraConfig, add_lora, lora_scalings, merge_lora
 from mm.encoders.text import TextEncoder
+from mm.encoders.video import VideoConfig, VideoEncoder, build_video_encoder, video_encoder
 from mm.errors import UserError
 from mm.models.two_tower import TwoTower
 
@@ -49,12 +50,19 @@ class TextAdaptation(Config):
     """Train low-rank updates alone, the tower's own weights are locked; {}: with its defaults."""
 
 
-def adapt(towers: TwoTower, image: ImageAdaptation, text: TextAdaptation, scratch: bool = False) -> TwoTower:
+def adapt(
+    towers: TwoTower,
+    image: ImageAdaptation,
+    text: TextAdaptation,
+    video: VideoConfig | None = None,
+    scratch: bool = False,
+) -> TwoTower:
     """A new model on the CPU with the weights and the tokenizer of `towers`, changed as asked.
 
-    The specs of its encoders tell what they have become, but for LoRA, which `merge_lora` takes out again; LoRA in
-    `towers` is merged. With `scratch` the weights are random instead, from torch's generator: the control that
-    tells what pretraining is worth. Raises UserError for what does not exist or fit.
+    `video` is how it reads time; where that has the form of what `towers` has, it goes on with its weights, and with
+    None always. The specs of its encoders tell what they have become, but for LoRA, which `merge_lora` takes out
+    again; LoRA in `towers` is merged. With `scratch` the weights are random instead, from torch's generator: the
+    control that tells what pretraining is worth. Raises UserError for what does not exist or fit.
     """
     _check("image", image, scratch)
     _check("text", text, scratch)
@@ -65,8 +73,13 @@ def adapt(towers: TwoTower, image: ImageAdaptation, text: TextAdaptation, scratc
         **text.model_dump(include={"checkpointing", "dropout", "context_length"})
     )
     with torch.random.fork_rng(devices=[], enabled=not scratch):
-        adapted = TwoTower(image_encoder(image_spec), towers.text.with_spec(text_spec), **towers.spec)
-    adapted.image.check_size()
+        read = image_encoder(image_spec)
+        adapted = TwoTower(read, towers.text.with_spec(text_spec), **towers.spec)
+    read.check_size()
+    if video is None:
+        adapted.video = video_encoder(towers.video.spec, read)
+    else:  # outside of the fork: what is new in it is drawn as the run's seed says
+        adapted.video = build_video_encoder(video, read)
     if not scratch:
         _load(adapted, towers)
     if image.frozen_batchnorm:
@@ -99,6 +112,11 @@ def _load(adapted: TwoTower, towers: TwoTower) -> None:
         fitted = adapted.image.fitted({name.removeprefix("image."): value for name, value in image.items()})
         state = {name: value for name, value in state.items() if name not in image}
         state |= {f"image.{name}": value for name, value in fitted.items()}
+    video = {name.removeprefix("video."): v for name, v in state.items() if name.startswith("video.")}
+    same = _same_form(adapted.video, towers.video)
+    video = adapted.video.fitted(video) if same else adapted.video.state_dict()
+    state = {name: value for name, value in state.items() if not name.startswith("video.")}
+    state |= {f"video.{name}": value for name, value in video.items()}
     try:
         adapted.load_state_dict(state)
     except RuntimeError as error:
@@ -108,6 +126,12 @@ def _load(adapted: TwoTower, towers: TwoTower) -> None:
             f"the weights of {towers.image.spec['name']} cannot be resized from {before} to {size} ({what}); "
             f"use {before}"
         ) from error
+
+
+def _same_form(one: VideoEncoder, other: VideoEncoder) -> bool:
+    """Whether the weights of one are of use to the other; how clips are taken may differ."""
+    specs = [{key: value for key, value in each.spec.items() if key != "clip"} for each in (one, other)]
+    return specs[0] == specs[1]
 
 
 def _lock(encoder: ImageEncoder | TextEncoder, config: ImageAdaptation | TextAdaptation) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mm.config import Config, plain
 from mm.encoders.image import image_encoder
 from mm.encoders.text import text_encoder
+from mm.encoders.video import video_encoder
 from mm.errors import UserError
 from mm.files import sync
 from mm.models.fused import Fused
@@ -88,6 +89,7 @@ def describe(model: Model) -> dict[str, Any]:
         "kind": "fused" if model.heads else "two_tower",
         "image": towers.image.spec,
         "text": towers.text.spec,
+        "video": towers.video.spec,
         "head": towers.spec,
         **({"heads": {name: one.spec for name, one in model.heads.items()}} if model.heads else {}),
     }
@@ -139,9 +141,11 @@ def load_model(path: str | Path) -> Model:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the model in {folder} is damaged: {error}") from error
     with torch.random.fork_rng(devices=[]):
+        image = image_encoder(description["image"])
         towers = TwoTower(
-            image_encoder(description["image"]),
+            image,
             text_encoder(description["text"], folder / TOKENIZER),
+            video=video_encoder(description["video"], image) if "video" in description else None,
             **description["head"],
         )
         model: Model = towers

@@ -1,6 +1,8 @@
-"""Two towers and the heads that were trained on them: one model for retrieval, questions, classes, captions."""
+"""Two towers and the heads that were trained on them: one model for retrieval, questions, classes, captions, of
+images and of videos."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +17,11 @@ from mm.models.two_tower import TwoTower, batches, inference
 
 PICTURES = {"image": "images", "left": "left", "right": "right", "embedding": "images"}
 """Modality -> the key of a batch that holds its pixels."""
+CLIPS = {"video": "clips", "video_embedding": "clips"}
+"""The same of what is seen over time."""
 
 Images = Sequence[Image.Image | Tensor]
+Videos = Sequence[bytes | Path | str | Tensor]
 H = TypeVar("H", bound=Head)
 
 
@@ -48,21 +53,34 @@ class Fused(nn.Module):
         return self.towers.encode_text(texts, batch_size)
 
     def answer(
-        self, images: Images, questions: Sequence[str], *, head: str | None = None, batch_size: int = 64
+        self,
+        images: Images | Videos,
+        questions: Sequence[str],
+        *,
+        head: str | None = None,
+        batch_size: int | None = None,
     ) -> list[str]:
-        """An answer to each question about the image at its place."""
+        """An answer to each question about the image at its place, or the video where the head reads those."""
         _check_lengths(images=images, questions=questions)
-        inputs = {"image": images, "text": questions}
         if not any(isinstance(one, AnswerHead) for one in self.heads.values()):
-            return self._write(self.head(WritingHead, head), batch_size, inputs)
+            inputs = {"image": images, "text": questions}
+            return self._write(self.head(WritingHead, head), batch_size or 64, inputs)
         chosen = self.head(AnswerHead, head)
+        inputs = {_seen(chosen): images, "text": questions}
         best = [chosen(features).logits.argmax(1) for features in self._read(chosen, batch_size, inputs)]
         return [chosen.answers[i] for i in torch.cat(best).tolist()] if best else []
 
-    def classify(self, images: Images, *, head: str | None = None, batch_size: int = 64) -> Tensor:
-        """(N, C) probabilities of the classes that the head names (`model.head(ClassHead).classes`)."""
+    def encode_video(self, videos: Videos, batch_size: int = 8) -> Tensor:
+        """As of the towers: unit rows (N, D) float32."""
+        return self.towers.encode_video(videos, batch_size)
+
+    def classify(
+        self, images: Images | Videos, *, head: str | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """(N, C) probabilities of the classes that the head names (`model.head(ClassHead).classes`), of images, or of
+        videos where it reads those."""
         chosen = self.head(ClassHead, head)
-        rows = [chosen(features) for features in self._read(chosen, batch_size, {"image": images})]
+        rows = [chosen(features) for features in self._read(chosen, batch_size, {_seen(chosen): images})]
         return torch.cat(rows).softmax(1).cpu() if rows else torch.empty(0, len(chosen.classes))
 
     def match(
@@ -111,10 +129,12 @@ class Fused(nn.Module):
         ]
 
     def _read(
-        self, head: Head, batch_size: int, inputs: Mapping[str, Sequence[Any]]
+        self, head: Head, batch_size: int | None, inputs: Mapping[str, Sequence[Any]]
     ) -> Iterator[dict[str, Features | None]]:
-        """Features of the inputs that a head reads, batch by batch."""
-        read = {name: values for name, values in inputs.items() if name in head.modalities or name == "image"}
+        """Features of the inputs that a head reads, batch by batch: by default of 64 images, or 8 videos."""
+        batch_size = batch_size or (8 if "video" in inputs else 64)
+        seen = ("image", "video")
+        read = {name: values for name, values in inputs.items() if name in head.modalities or name in seen}
         count = len(next(iter(inputs.values())))
         for place in batches(range(count), batch_size):
             batch: dict[str, Tensor] = {}
@@ -122,10 +142,17 @@ class Fused(nn.Module):
                 some = values[place[0] : place[-1] + 1]
                 if name == "text":
                     batch["input_ids"], batch["mask"] = self.towers.token_ids(some)
+                elif name in CLIPS:
+                    batch[CLIPS[name]] = self.towers.clips(some)
                 else:
                     batch[PICTURES[name]] = self.towers.pixels(some)
             with inference(self) as device:
                 yield self.features({key: value.to(device) for key, value in batch.items()}, head.modalities)
+
+
+def _seen(head: Head) -> str:
+    """Whether a head reads an image or a video."""
+    return "video" if CLIPS.keys() & set(head.modalities) else "image"
 
 
 def read_features(
@@ -134,8 +161,9 @@ def read_features(
     """What the towers make of a batch, by modality.
 
     Args:
-        batch: `images`, `left`, `right` (B, 3, S, S); `input_ids` and `mask` (B, L).
-        modalities: of image, left, right, text, embedding (the image in the common space, as a pooled vector).
+        batch: `images`, `left`, `right` (B, 3, S, S); `clips` (B, T, 3, S, S); `input_ids` and `mask` (B, L).
+        modalities: of image, left, right, video, text; embedding and video_embedding (the image, the video in the common
+            space, as a pooled vector).
     """
     wanted = list(modalities)
     found: dict[str, Features | None] = {}
@@ -148,6 +176,10 @@ def read_features(
     if "embedding" in wanted:
         image = by_key[PICTURES["embedding"]]
         found["embedding"] = image._replace(pooled=towers.project_image(image.pooled))
+    if CLIPS.keys() & set(wanted):
+        video = towers.video(towers.image, batch["clips"])
+        placed = video._replace(pooled=towers.project_image(video.pooled))
+        found |= {name: of for name, of in (("video", video), ("video_embedding", placed)) if name in wanted}
     if "text" in wanted:
         found["text"] = _read_texts(towers, batch["input_ids"], batch["mask"])
     return found

@@ -20,7 +20,8 @@ class Head(nn.Module):
     """Base of the heads."""
 
     modalities: tuple[str, ...]
-    """What it reads: image, text, left, right (two images), embedding (the image's place in the common space)."""
+    """What it reads: image, text, video, left, right (two images), embedding and video_embedding (the image's or the
+    video's place in the common space)."""
     spec: dict[str, Any]
     """Everything that `head` needs to build it again, as JSON values."""
 
@@ -93,7 +94,7 @@ class MatchingHead(Head):
 
 
 class ClassHead(Head):
-    """A linear classifier of images, on the tower's pooled features or on the unit embedding.
+    """A linear classifier of images or videos, on the tower's pooled features or on the unit embedding.
 
     Pooled features are standardised by channel (`norm`), as the linear probe of masked autoencoders does by BatchNorm
     without weights (He et al. 2022, arXiv:2111.06377), here by fixed statistics. On the embedding, with the rows of
@@ -197,5 +198,8 @@ def widths(towers: TwoTower, modalities: Sequence[str]) -> dict[str, Width]:
             else:
                 nothing = torch.zeros(1, 3, *towers.image.size, dtype=torch.uint8, device=device)
                 features = towers.image(nothing)
+                if name == "video":
+                    clip = nothing.expand(1, towers.video.clip.frames, *nothing.shape[1:])
+                    features = towers.video(towers.image, clip)
             found[name] = Width(features.pooled.shape[-1], features.tokens.shape[-1])
     return found

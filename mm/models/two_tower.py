@@ -1,9 +1,10 @@
-"""A model that puts images and texts into one space."""
+"""A model that puts images, videos and texts into one space."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,12 @@ from torch.autograd.function import FunctionCtx
 from mm.config import Config
 from mm.encoders.image import ImageConfig, ImageEncoder, build_image_encoder
 from mm.encoders.text import TextConfig, TextEncoder, build_text_encoder
+from mm.encoders.video import VideoConfig, VideoEncoder, build_video_encoder
 from mm.errors import UserError
+
+if TYPE_CHECKING:
+    from mm.data.transforms import EvalTransform
+    from mm.data.video import Video
 
 DEFAULT_DIM = 512
 T = TypeVar("T")
@@ -52,6 +58,8 @@ class TwoTowerOutput(NamedTuple):
     """(1,) float32"""
     bias: Tensor | None
     """(1,) float32"""
+    video: Tensor | None = None
+    """(B, D) float32, unit rows"""
 
 
 class _Clamp(torch.autograd.Function):
@@ -80,7 +88,8 @@ def clamp(x: Tensor, low: float, high: float) -> Tensor:
 
 
 class TwoTower(nn.Module):
-    """Two encoders, each projected to unit vectors in one space.
+    """Two encoders, each projected to unit vectors in one space; the image tower reads videos too, frame by frame, and
+    what reads time in them is `video`: at first the mean over frames.
 
     CLIP (Radford et al. 2021, arXiv:2103.00020); with a bias SigLIP (Zhai et al. 2023, arXiv:2303.15343).
     """
@@ -90,6 +99,7 @@ class TwoTower(nn.Module):
         image: ImageEncoder,
         text: TextEncoder,
         *,
+        video: VideoEncoder | None = None,
         dim: int | None = None,
         projection: str = "linear",
         scale_init: float = 1 / 0.07,
@@ -112,6 +122,7 @@ class TwoTower(nn.Module):
         self.dim = dim or DEFAULT_DIM
         self.image = image
         self.text = text
+        self.video = build_video_encoder(VideoConfig(), image) if video is None else video
         self.image_projection = PROJECTIONS[projection](image.width, self.dim)
         self.text_projection = PROJECTIONS[projection](text.width, self.dim)
         # shape (1,): DeepSpeed refuses 0-D parameters
@@ -129,22 +140,28 @@ class TwoTower(nn.Module):
         }
 
     def forward(
-        self, images: Tensor | None = None, input_ids: Tensor | None = None, mask: Tensor | None = None
+        self,
+        images: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        clips: Tensor | None = None,
     ) -> TwoTowerOutput:
-        """Any of images (B, 3, H, W), uint8 or float in [0, 1], and input_ids with mask (B, L); with neither the
-        scale and the bias alone."""
-        image = text = None
+        """Any of images (B, 3, H, W) and clips (B, T, 3, H, W), uint8 or float in [0, 1], and input_ids with mask (B,
+        L); with none the scale and the bias alone."""
+        image = text = video = None
         if images is not None:
             image = self.project_image(self.image(images).pooled)
+        if clips is not None:
+            video = self.project_image(self.video(self.image, clips).pooled)
         if input_ids is not None:
             assert mask is not None
             text = self.project_text(self.text(input_ids, mask).pooled)
         scale = clamp(self.log_scale.float(), 0.0, self.log_scale_max).exp()
         bias = None if self.bias is None else clamp(self.bias.float(), -self.bias_max, self.bias_max)
-        return TwoTowerOutput(image, text, scale, bias)
+        return TwoTowerOutput(image, text, scale, bias, video)
 
     def project_image(self, pooled: Tensor) -> Tensor:
-        """Pooled features of images (B, W) in the common space: (B, D) float32, unit rows."""
+        """Pooled features of images or videos (B, W) in the common space: (B, D) float32, unit rows."""
         return unit(self.image_projection(pooled))
 
     def project_text(self, pooled: Tensor) -> Tensor:
@@ -163,10 +180,30 @@ class TwoTower(nn.Module):
 
     def pixels(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
         """PIL images or uint8 tensors (3, H, W) of any size as the image tower reads them: uint8 (N, 3, S, S)."""
+        transform = self._transform()
+        return torch.stack([transform(_pixels(one)) for one in images])
+
+    def clips(self, videos: Sequence[bytes | Path | str | Tensor]) -> Tensor:
+        """Videos as this model reads them, a clip of each: uint8 (N, T, 3, S, S).
+
+        videos: files, their bytes, or frames uint8 (T, 3, H, W). Raises UserError for one that cannot be used.
+        """
+        from mm.data.clips import Views, clip_views
+        from mm.data.decode import BadSample
+
+        found = []
+        for one in videos:
+            try:
+                found.append(clip_views(_video(one), Views(self.video.clip), self._transform())[0])
+            except BadSample as error:
+                name = one if isinstance(one, Path | str) else "a video"
+                raise UserError(f"{name}: {error.reason}") from None
+        return torch.stack(found)
+
+    def _transform(self) -> "EvalTransform":
         from mm.data.transforms import EvalTransform
 
-        transform = EvalTransform(self.image.size[0], self.image.resize_mode, self.image.interpolation)
-        return torch.stack([transform(_pixels(one)) for one in images])
+        return EvalTransform(self.image.size[0], self.image.resize_mode, self.image.interpolation)
 
     def token_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts as the text tower reads them: ids and mask (N, L). Raises UserError for one text alone."""
@@ -183,6 +220,14 @@ class TwoTower(nn.Module):
                 rows.append(self(images=self.pixels(some).to(device)).image.cpu())
         return torch.cat(rows) if rows else torch.empty(0, self.dim)
 
+    def encode_video(self, videos: Sequence[bytes | Path | str | Tensor], batch_size: int = 8) -> Tensor:
+        """Unit rows (N, D) float32 on the CPU, of video files, their bytes, or frames uint8 (T, 3, H, W)."""
+        rows = []
+        with inference(self) as device:
+            for some in batches(videos, batch_size):
+                rows.append(self(clips=self.clips(some).to(device)).video.cpu())
+        return torch.cat(rows) if rows else torch.empty(0, self.dim)
+
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Unit rows (N, D) float32 on the CPU."""
         if isinstance(texts, str):
@@ -195,8 +240,11 @@ class TwoTower(nn.Module):
         return torch.cat(rows) if rows else torch.empty(0, self.dim)
 
     def parameter_layers(self) -> dict[str, tuple[str, int, int]]:
-        """For each parameter (tower, depth, depths): tower image, text or head; depth from 0 at the input."""
-        places: dict[str, tuple[str, int, int]] = {}
+        """For each parameter (tower, depth, depths): tower image, text, head or new (what reads time); depth from 0
+        at the input."""
+        places: dict[str, tuple[str, int, int]] = {
+            f"video.{name}": ("new", 0, 1) for name, _ in self.video.named_parameters()
+        }
         for tower, encoder in (("image", self.image), ("text", self.text)):
             layers = encoder.layers()
             for depth, names in enumerate(layers):
@@ -260,3 +308,16 @@ def _pixels(image: Image.Image | Tensor) -> Tensor:
 
     alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     return pil_to_tensor(image.convert("RGBA" if alpha else "RGB"))
+
+
+def _video(one: bytes | Path | str | Tensor) -> "Video":
+    from mm.data.video import Frames, open_video
+
+    if isinstance(one, Tensor):
+        return Frames(one)
+    if isinstance(one, bytes):
+        return open_video(one)
+    try:
+        return open_video(Path(one).expanduser().read_bytes())
+    except OSError as error:
+        raise UserError(f"{one} cannot be read: {error.strerror}") from None

@@ -14,13 +14,13 @@ from torch import Tensor
 from mm import distributed, losses
 from mm.config import Config
 from mm.data import decode
-from mm.data.decode import EncodedImage
+from mm.data.clips import Clip
 from mm.data.shards import Sample
 from mm.encoders import Features, joined
 from mm.encoders.text import Tokenizer
 from mm.errors import UserError
 from mm.fusion import FusionConfig, build_fusion
-from mm.models.fused import Fused
+from mm.models.fused import Fused, read_features
 from mm.models.heads import MatchingHead, widths
 from mm.models.two_tower import TwoTowerOutput
 from mm.tasks.contrastive import content_id, text_id
@@ -45,7 +45,9 @@ class RetrievalTaskConfig(Config):
     """Two-tower fine-tuning with all captions of an image as positives, and image-text matching."""
 
     kind: Literal["retrieval"] = "retrieval"
-    """Image-text retrieval."""
+    """Image-text or video-text retrieval."""
+    reads: Literal["image", "video"] = "image"
+    """What the captions are of."""
     objective: Literal["contrastive", "sigmoid"] = "contrastive"
     """`contrastive`: InfoNCE (CLIP); `sigmoid`: pairwise sigmoid (SigLIP; the model needs a bias)."""
     captions: int = Field(2, ge=1)
@@ -57,9 +59,9 @@ class RetrievalTaskConfig(Config):
 
 
 class Item(NamedTuple):
-    """One prepared image with its captions."""
+    """One prepared image, or clip, with its captions."""
 
-    image: Tensor  # (3, S, S) uint8
+    image: Tensor  # (3, S, S) uint8, or (T, 3, S, S)
     ids: list[list[int]]  # K captions
     image_id: int
     text_ids: list[int]
@@ -67,35 +69,41 @@ class Item(NamedTuple):
 
 
 class CaptionsPreparation(Preparation):
-    """An image and several of its captions."""
+    """An image, or a clip of a video, and several of its captions."""
 
     def __init__(
-        self, transform: Transform, tokenizer: Tokenizer, *, captions: int, templates: Sequence[str] = ("{}",)
+        self,
+        transform: Transform,
+        tokenizer: Tokenizer,
+        *,
+        captions: int,
+        templates: Sequence[str] = ("{}",),
+        clip: Clip | None = None,
     ) -> None:
         self.transform = transform
+        self.clip = clip
         self.tokenizer = tokenizer
         self.captions = captions
         self.templates = list(templates)
 
     def __call__(self, sample: Sample, rng: random.Random) -> Item:
         found = list(dict.fromkeys(decode.captions(sample)))
-        data = decode.image_member(sample)
         rng.shuffle(found)
         chosen = [found[i % len(found)] for i in range(self.captions)]
         sentences = [rng.choice(self.templates).replace("{}", caption) for caption in chosen]
         return Item(
-            image=self.transform(EncodedImage(data), rng),
+            image=self.look(sample, rng),
             ids=[self.tokenizer(sentence) for sentence in sentences],
-            image_id=content_id(data),
+            image_id=content_id(self.seen(sample)),
             text_ids=[text_id(caption) for caption in chosen],
             draws=(rng.random(), rng.random()),
         )
 
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """images (B, 3, S, S), input_ids and mask (B * K, L), image_ids (B,), text_ids (B * K,), draws (B, 2)."""
+        """images or clips, input_ids and mask (B * K, L), image_ids (B,), text_ids (B * K,), draws (B, 2)."""
         input_ids, mask = self.tokenizer.pad([ids for item in items for ids in item.ids])
         return {
-            "images": stacked(items, "image"),
+            self.visual: stacked(items, "image"),
             "input_ids": input_ids,
             "mask": mask,
             "image_ids": torch.tensor([item.image_id for item in items]),
@@ -107,7 +115,6 @@ class CaptionsPreparation(Preparation):
 class RetrievalTask(Task):
     """The contrastive loss over all ranks, and that of matching with negatives from all ranks."""
 
-    uses = frozenset({"image", "text", "projections"})
     compares = True
 
     def __init__(
@@ -121,6 +128,8 @@ class RetrievalTask(Task):
         hard: bool = True,
     ) -> None:
         self.preparation = preparation
+        self.reads = "image" if preparation.clip is None else "video"
+        self.uses = frozenset({self.reads, "text", "projections"})
         self.objective = objective
         self.heads = {} if head is None else {name: head}
         self.name = name
@@ -129,8 +138,9 @@ class RetrievalTask(Task):
 
     def loss(self, model: Fused, batch: Batch) -> tuple[Tensor, Figures]:
         towers = model.towers
-        image = towers.image(batch["images"])
-        text = towers.text(batch["input_ids"], batch["mask"])
+        features = read_features(towers, batch, (self.reads, "text"))
+        image, text = features[self.reads], features["text"]
+        assert image is not None and text is not None
         output = towers()._replace(
             image=towers.project_image(image.pooled), text=towers.project_text(text.pooled)
         )
@@ -166,7 +176,7 @@ class RetrievalTask(Task):
         other_text = negatives(scale * (rows[0] @ every_text.T), allowed, batch["draws"][:, 1])
         found = allowed.any(1)
         pairs = {
-            "image": joined(image, picked(image, other_image), image),
+            self.reads: joined(image, picked(image, other_image), image),
             "text": joined(first, first, picked(first, other_text)),
         }
         logits = model.heads[self.name](pairs)
@@ -233,12 +243,16 @@ def build_retrieval(config: RetrievalTaskConfig, given: Given) -> RetrievalTask:
             "task.objective=sigmoid needs a model with a bias; this one has none: use contrastive"
         )
     preparation = CaptionsPreparation(
-        given.transform, towers.text.tokenizer, captions=config.captions, templates=config.templates
+        given.transform,
+        towers.text.tokenizer,
+        captions=config.captions,
+        templates=config.templates,
+        clip=given.clip(config.reads),
     )
     if config.matching is None:
         return RetrievalTask(preparation, objective=config.objective)
     matching = config.matching
-    fusion = build_fusion(matching.fusion, widths(towers, ("image", "text")))
+    fusion = build_fusion(matching.fusion, widths(towers, (config.reads, "text")))
     return RetrievalTask(
         preparation,
         objective=config.objective,

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from mm.data import decode
+from mm.data.clips import Clip, Views, clip_views, drawn_clip
 from mm.data.decode import EncodedImage
 from mm.data.shards import Sample
 from mm.data.transforms import EvalTransform
+from mm.data.video import video_bytes, video_of
 from mm.errors import UserError
 from mm.models.folder import Model
 from mm.models.heads import Head
@@ -23,9 +26,9 @@ Figures = dict[str, Tensor]
 
 
 class Transform(Protocol):
-    """An encoded image as the image tower reads it: uint8 (3, S, S)."""
+    """An image, encoded or a frame's pixels, as the image tower reads it: uint8 (3, S, S)."""
 
-    def __call__(self, image: EncodedImage, rng: random.Random) -> Tensor: ...
+    def __call__(self, image: EncodedImage | Tensor, rng: random.Random) -> Tensor: ...
 
 
 class Preparation(ABC):
@@ -37,11 +40,38 @@ class Preparation(ABC):
 
     transform: Any
     """What is done with an image, a `Transform`; None where none is read."""
+    clip: Clip | None = None
+    """How a clip is taken of a sample's video; None: it reads an image."""
+    middle = False
+    """Whether clips are the middle ones, not drawn."""
+
+    @property
+    def visual(self) -> str:
+        """The key of a batch that holds what is seen: images (B, 3, S, S) or clips (B, T, 3, S, S), uint8."""
+        return "images" if self.clip is None else "clips"
+
+    def look(self, sample: Sample, rng: random.Random) -> Tensor:
+        """What is seen of a sample: its image (3, S, S), or a clip of its video (T, 3, S, S). Raises BadSample."""
+        if self.clip is None:
+            return self.transform(EncodedImage(decode.image_member(sample)), rng)
+        if self.middle:
+            return clip_views(video_of(sample), Views(self.clip), lambda frame: self.transform(frame, rng))[0]
+        return drawn_clip(video_of(sample), self.clip, self.transform, rng)
+
+    def seen(self, sample: Sample) -> bytes:
+        """The bytes of what is seen, which name it. Raises BadSample where there are none."""
+        if self.clip is None:
+            return decode.image_member(sample)
+        found = video_bytes(sample.members)
+        return found if isinstance(found, bytes) else b"".join(found)
 
     def unaugmented(self, transform: EvalTransform) -> "Preparation":
-        """The same for held-out samples: nothing about the image is drawn."""
+        """The same for held-out samples: nothing about the image or the clip is drawn."""
         other = copy.copy(self)
-        other.transform = self.transform and (lambda image, rng: transform(image.pixels()))
+        other.middle = True
+        other.transform = self.transform and (
+            lambda image, rng: transform(image.pixels() if isinstance(image, EncodedImage) else image)
+        )
         return other
 
     @abstractmethod
@@ -61,6 +91,10 @@ class Given(NamedTuple):
     """With the run's augmentation."""
     shards: Sequence[str]
     """Of its training data, as they stand in the config."""
+
+    def clip(self, reads: str) -> Clip | None:
+        """How the model takes a clip of a video; None for what reads `image`."""
+        return self.towers.video.clip if reads == "video" else None
 
     def beside(self, name: str) -> list[Path]:
         """The files of that name beside the training shards, or in the folder above."""
@@ -92,7 +126,8 @@ class Task(ABC):
     heads: Mapping[str, Head]
     """What is added to the towers, by name."""
     uses: frozenset[str]
-    """What of the towers has a part in the loss: image, text, projections (with the scale). The rest is locked."""
+    """What of the towers has a part in the loss: image, text, video, projections (with the scale). The rest is
+    locked."""
     notes: Sequence[str] = ()
     """What the user should know before the first step."""
     compares = False
@@ -131,13 +166,17 @@ def lock_unused(model: Model, tasks: Sequence[Task]) -> None:
     """Lock what of the towers no task uses: it would get no gradient, only weight decay."""
     used = {part for task in tasks for part in task.uses}
     towers = model.towers
+    if "video" in used and towers.video.reads_image:
+        used.add("image")
     for part, tower in (("image", towers.image), ("text", towers.text)):
         if part not in used:
             tower.requires_grad_(False)
             tower.locked = True
+    if "video" not in used:
+        towers.video.requires_grad_(False)
     if "projections" not in used:
         for name, parameter in towers.named_parameters():
-            if not name.startswith(("image.", "text.")):
+            if not name.startswith(("image.", "text.", "video.")):
                 parameter.requires_grad_(False)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from mm import answers
 from mm.answers import VocabularyConfig
 from mm.config import Config
-from mm.data import decode
-from mm.data.decode import BadSample, EncodedImage
+from mm.data.clips import Clip
+from mm.data.decode import BadSample
 from mm.data.questions import question
 from mm.data.shards import Sample
 from mm.encoders.text import Tokenizer
@@ -23,7 +23,7 @@ from mm.models.fused import Fused
 from mm.models.heads import AnswerHead, widths
 from mm.tasks.task import Batch, Figures, Given, Preparation, Task, Transform, stacked
 
-Modality = Literal["image", "text"]
+Modality = Literal["image", "video", "text"]
 
 
 class VqaTaskConfig(Config):
@@ -36,7 +36,8 @@ class VqaTaskConfig(Config):
     fusion: FusionConfig = FusionConfig()
     """What joins image and question."""
     modalities: tuple[Modality, ...] = ("image", "text")
-    """What it reads; [text] or [image] alone is the control that shows what the other one adds."""
+    """What it reads: an image or a video, and the question; [text] or [image] alone is the control that shows what the
+    other one adds."""
     vocabulary: VocabularyConfig = VocabularyConfig()
     """Which answers it can give."""
     answerability: float = Field(0.0, ge=0)
@@ -48,7 +49,7 @@ class VqaTaskConfig(Config):
 class Item(NamedTuple):
     """One prepared question."""
 
-    image: Tensor  # (3, S, S) uint8
+    image: Tensor  # (3, S, S) uint8, or (T, 3, S, S)
     ids: list[int]
     targets: list[tuple[int, float]]  # answer, its accuracy
     answerable: float  # nan where nobody said
@@ -63,9 +64,11 @@ class QuestionPreparation(Preparation):
         tokenizer: Tokenizer,
         vocabulary: Sequence[str],
         size: tuple[int, int],
+        clip: Clip | None = None,
     ) -> None:
         """Without a transform images are left unread, and black."""
         self.transform = transform
+        self.clip = clip
         self.tokenizer = tokenizer
         self.index = {answer: i for i, answer in enumerate(vocabulary)}
         self.size = size
@@ -76,7 +79,7 @@ class QuestionPreparation(Preparation):
             raise BadSample("no answers")
         image = torch.zeros(3, *self.size, dtype=torch.uint8)
         if self.transform is not None:
-            image = self.transform(EncodedImage(decode.image_member(sample)), rng)
+            image = self.look(sample, rng)
         said = asked.about.get("answerable")
         return Item(
             image=image,
@@ -86,14 +89,14 @@ class QuestionPreparation(Preparation):
         )
 
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """images (B, 3, S, S), input_ids and mask (B, L), targets (B, A) in [0, 1], answerable (B,)."""
+        """images or clips, input_ids and mask (B, L), targets (B, A) in [0, 1], answerable (B,)."""
         input_ids, mask = self.tokenizer.pad([item.ids for item in items])
         targets = torch.zeros(len(items), len(self.index))
         for row, item in enumerate(items):
             for answer, score in item.targets:
                 targets[row, answer] = score
         return {
-            "images": stacked(items, "image"),
+            self.visual: stacked(items, "image"),
             "input_ids": input_ids,
             "mask": mask,
             "targets": targets,
@@ -143,7 +146,9 @@ class VqaTask(Task):
 def build_vqa(config: VqaTaskConfig, given: Given) -> VqaTask:
     """Raises UserError: no answers beside the training data, or none frequent enough."""
     if not config.modalities:
-        raise UserError("task.modalities is empty; give image, text or both")
+        raise UserError("task.modalities is empty; give image or video, text or both")
+    if {"image", "video"} <= set(config.modalities):
+        raise UserError("task.modalities has image and video; a question is about one of them")
     counts = {}
     if config.vocabulary.file is None:
         files = given.need_beside(
@@ -166,10 +171,11 @@ def build_vqa(config: VqaTaskConfig, given: Given) -> VqaTask:
     fusion = build_fusion(joined, widths(towers, config.modalities))
     head = AnswerHead(fusion, answers=vocabulary, answerability=config.answerability > 0)
     preparation = QuestionPreparation(
-        given.transform if "image" in config.modalities else None,
+        given.transform if {"image", "video"} & set(config.modalities) else None,
         towers.text.tokenizer,
         vocabulary,
         towers.image.size,
+        given.clip("video") if "video" in config.modalities else None,
     )
     return VqaTask(
         head,

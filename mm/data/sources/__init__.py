@@ -10,8 +10,10 @@ from mm.data.sources import (
     emoji,
     emoji_questions,
     karpathy,
+    moving_emoji,
     nlvr2,
     openclipart,
+    videos,
     vqa,
 )
 from mm.data.sources.output import Report, SourceConfig
@@ -58,6 +60,16 @@ SOURCES: dict[str, Source] = {
     ),
     "nlvr2": Source(
         nlvr2.Nlvr2Config, nlvr2.write, "NLVR2: sentences that are true or false of two photographs"
+    ),
+    "moving_emoji": Source(
+        moving_emoji.MovingEmojiConfig,
+        moving_emoji.write,
+        "clips of emoji whose class is in the order of the frames alone (pip packages)",
+    ),
+    "videos": Source(
+        videos.VideosConfig,
+        videos.write,
+        "labelled or captioned videos: Kinetics, UCF101, HMDB51, Something-Something, MSR-VTT, folders",
     ),
     "classes": Source(
         classes.ClassesConfig, classes.write, "labelled images: a folder for each class, as ImageNet"
