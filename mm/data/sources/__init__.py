@@ -9,6 +9,7 @@ from mm.data.sources import (
     easy_vqa,
     emoji,
     emoji_questions,
+    fluent_anim,
     karpathy,
     moving_emoji,
     nlvr2,
@@ -70,6 +71,11 @@ SOURCES: dict[str, Source] = {
         videos.VideosConfig,
         videos.write,
         "labelled or captioned videos: Kinetics, UCF101, HMDB51, Something-Something, MSR-VTT, folders",
+    ),
+    "fluent_anim": Source(
+        fluent_anim.FluentAnimConfig,
+        fluent_anim.write,
+        "animated people in 16 actions, of which one frame shows which (npm, 197 MB, MIT)",
     ),
     "classes": Source(
         classes.ClassesConfig, classes.write, "labelled images: a folder for each class, as ImageNet"

@@ -71,7 +71,7 @@ class Packets(Video):
             raise BadSample(f"frame {index} of {len(self)} is damaged")
         _check_pixels(frame.width, frame.height, self._max_pixels)
         alpha = any(component.is_alpha for component in frame.format.components) or frame.format.has_palette
-        pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24")
+        pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24", threads=1)  # a core a worker
         turned = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
         return torch.from_numpy(turned).permute(2, 0, 1)
 
