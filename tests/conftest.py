@@ -35,7 +35,17 @@ hypothesis.settings.load_profile("mm")
 
 BUDGET_S = 15 * 60
 # begun first, so that no process is left with a long file at the end while the others are idle
-LONGEST = ("pretrain", "finetune", "demo", "vqa_controls", "chaos", "checkpoint", "contributing")
+LONGEST = (
+    "pretrain",
+    "finetune",
+    "finetune_video",
+    "video_tasks",
+    "demo",
+    "vqa_controls",
+    "chaos",
+    "checkpoint",
+    "contributing",
+)
 _started = time.perf_counter()
 _seconds: dict[str, float] = defaultdict(float)
 _tests: dict[str, int] = defaultdict(int)

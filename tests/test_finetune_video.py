@@ -1,5 +1,6 @@
 """Fine-tuning on videos, as users start it: every kind of video encoder, killed, gone on with, on two ranks."""
 
+import json
 import os
 import signal
 import time
@@ -28,7 +29,7 @@ def root(tmp_path_factory):
     """A pretrained model and videos of two classes."""
     folder = tmp_path_factory.mktemp("finetune")
     save_model(folder / "pretrained" / "model", tiny.towers(7), about={"step": 3})
-    tiny.clips(folder / "clips", 48)
+    tiny.clips(folder / "clips", 48, damaged=1)
     return folder
 
 
@@ -66,7 +67,9 @@ def test_a_run_leaves_a_model_that_classifies_videos(whole):
     film = videos.encode(videos.pictures(10, 40, 40))
     assert model.classify([film, film]).shape == (2, 2)
     (figures,) = (line["figures"]["test"] for line in events(run, "eval"))
-    assert figures["samples"] == 48 and figures["chance"] == 0.5
+    assert (figures["samples"], figures["bad"], figures["chance"]) == (48, 1, 0.5)
+    (bad, *_) = map(json.loads, (run / "bad_samples.jsonl").read_text().splitlines())
+    assert bad["key"] == "000048" and "not a video" in bad["reason"] and bad["replaced_by"]
 
 
 def test_a_killed_run_ends_with_the_very_weights(whole, root, tmp_path):

@@ -129,8 +129,9 @@ def statements(folder: Path, count: int) -> Path:
     return write(folder, samples)
 
 
-def clips(folder: Path, count: int, frames: int = 6) -> Path:
-    """Pairs of videos, growing brighter and the same growing darker, with class, name, captions and question."""
+def clips(folder: Path, count: int, frames: int = 6, damaged: int = 0) -> Path:
+    """Pairs of videos, growing brighter and the same growing darker, with class, name, captions and question; then some
+    that are none."""
     samples = []
     for i in range(count):
         pictures = videos.pictures(frames, SIZE, SIZE, step=30)
@@ -146,6 +147,7 @@ def clips(folder: Path, count: int, frames: int = 6) -> Path:
                 "json": json.dumps(about).encode(),
             }
         )
+    samples += [{"mp4": b"no video at all", "cls": b"0", "txt": b"x"}] * damaged
     write(folder, samples)
     (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in CHANGES))
     (folder / "answers.json").write_text(json.dumps(dict.fromkeys(CHANGES, count // 2)))

@@ -1,7 +1,7 @@
 """Clips a second from video files, on one core, in turns: ours, decord, and decoding all frames.
 
-Each reads the same files and takes the same frames: 8, evenly spread (TSN's middle of equal parts), as RGB at the size of
-the file. `plain` decodes every frame with PyAV and keeps those 8, as torchvision's read_video does. Files are
+Each reads the same files and takes the same frames: 8, evenly spread (TSN's middle of equal parts), as RGB at the
+size of the file. `plain` decodes every frame with PyAV and keeps those 8, as torchvision's read_video does. Files are
 made here: moving noise over a photograph, H.264 with B-frames, a keyframe every 12 or 250 frames.
 
 `python -m eval.bench.video_decode` prints the table; decord is `pip install eva-decord`.
@@ -72,7 +72,8 @@ def ours(data: bytes) -> list[NDArray[np.uint8]]:
 
 def plain(data: bytes) -> list[NDArray[np.uint8]]:
     """Every frame, of which 8 are kept."""
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data)) as opened:
+        container: Any = opened
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         every = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
@@ -99,7 +100,9 @@ def seconds(read: Read, files: Sequence[bytes]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def compare(film: Film, readers: dict[str, Read], files: int, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
+def compare(
+    film: Film, readers: dict[str, Read], files: int, rounds: int = ROUNDS
+) -> dict[str, dict[str, float]]:
     """Of each reader: clips a second of CPU, how many times our own rate that is (medians of paired ratios), and the
     largest mean difference of a frame from the plain way's."""
     made = [make(film, seed) for seed in range(files)]
@@ -119,7 +122,12 @@ def compare(film: Film, readers: dict[str, Read], files: int, rounds: int = ROUN
             for which in (0, 1)
         )
         rate = files / median(cpu for _, cpu in times[name])
-        found[name] = {"clips_per_cpu_s": rate, "ours_faster_wall": wall, "ours_faster_cpu": cpu, "apart": apart}
+        found[name] = {
+            "clips_per_cpu_s": rate,
+            "ours_faster_wall": wall,
+            "ours_faster_cpu": cpu,
+            "apart": apart,
+        }
     return found
 
 
@@ -131,9 +139,13 @@ def main() -> None:
         readers["decord"] = with_decord
     except ImportError:
         print("decord is not installed (pip install eva-decord): left out", file=sys.stderr)
-    print(f"{'files':38} {'reader':8} {'clips/CPU s':>11} {'ours x wall':>12} {'x CPU':>7} {'levels apart':>13}")
+    print(
+        f"{'files':38} {'reader':8} {'clips/CPU s':>11} {'ours x wall':>12} {'x CPU':>7} {'levels apart':>13}"
+    )
     for film in FILMS:
-        for name, one in compare(film, readers, files=4 if film.height < 500 and film.seconds < 60 else 1).items():
+        for name, one in compare(
+            film, readers, files=4 if film.height < 500 and film.seconds < 60 else 1
+        ).items():
             print(
                 f"{film.name:38} {name:8} {one['clips_per_cpu_s']:11.1f} {one['ours_faster_wall']:12.2f} "
                 f"{one['ours_faster_cpu']:7.2f} {one['apart']:13.2f}"
