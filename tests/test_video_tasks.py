@@ -18,6 +18,7 @@ from mm.evaluators import ClassificationConfig, RetrievalConfig, ViewsConfig, Vq
 from mm.models.adapt import ImageAdaptation, TextAdaptation, adapt
 from mm.models.folder import save_model
 from mm.models.fused import Fused
+from mm.report.pictures import build_gallery
 from mm.tasks.classification import ClassificationTaskConfig, build_classification
 from mm.tasks.retrieval import RetrievalTaskConfig, build_retrieval
 from mm.tasks.task import lock_unused
@@ -268,3 +269,6 @@ def test_what_does_not_fit_is_said(folder):
         evaluate(model, {"a": ClassificationConfig(**common, video={"clip": {"min_frames": 50}})})
     found = retrieve(model, RetrievalConfig(**common, video={}), ["brighter"], 3)
     assert len(found[0].indices) == 3
+    gallery = build_gallery(model, "a", RetrievalConfig(**common, video={}), queries=2, top=3)
+    assert [len(query.hits) for query in gallery.queries] == [3, 3]
+    assert all(hit.png.startswith(b"\x89PNG") for query in gallery.queries for hit in query.hits)

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from mm.data import decode
 from mm.data.decode import BadSample
 from mm.data.shards import Sample, ShardSet
+from mm.data.video import video_of
 from mm.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ def build_gallery(model: "TwoTower", name: str, config: "EvaluatorConfig", queri
     if not texts:
         raise UserError(f"report.gallery={name!r}: none of the captions tried can be read; name another set")
     found = retrieve(model, config, texts, top)
-    return Gallery(name, [Query(each.query, pictures(samples, each)) for each in found])
+    video = config.video is not None
+    return Gallery(name, [Query(each.query, pictures(samples, each, video)) for each in found])
 
 
 def spread_captions(samples: ShardSet, count: int) -> list[str]:
@@ -72,17 +75,23 @@ def spread_captions(samples: ShardSet, count: int) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def pictures(samples: ShardSet, ranking: "Ranking") -> list[Hit]:
-    """The images of a ranking as the page shows them."""
+def pictures(samples: ShardSet, ranking: "Ranking", video: bool = False) -> list[Hit]:
+    """The images of a ranking, or the middle frames of its videos, as the page shows them."""
     hits = []
     for index, score in zip(ranking.indices, ranking.scores, strict=True):
         sample = samples[index]
-        image = to_pil_image(decode.image(decode.image_member(sample)))
+        image = to_pil_image(middle_frame(sample) if video else decode.image(decode.image_member(sample)))
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, "PNG", optimize=True)
         hits.append(Hit(buffer.getvalue(), score, _is_caption_of(ranking.query, sample)))
     return hits
+
+
+def middle_frame(sample: Sample) -> Tensor:
+    """uint8 (3|4, H, W) of the middle of a sample's video."""
+    film = video_of(sample)
+    return next(iter(film.frames([len(film) // 2])))
 
 
 def _is_caption_of(text: str, sample: Sample) -> bool:
