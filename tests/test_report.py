@@ -194,8 +194,10 @@ def test_chance_of_recall_is_that_of_random_orders(images, each, k):
     generator = np.random.default_rng(0)
     orders = np.argsort(generator.random((4000, images * each)), axis=1)
     to_text = (orders[:, :k] < each).any(axis=1).mean()
-    assert figures.chance(found, f"image_to_text_recall@{k}") == pytest.approx(to_text, abs=0.03)
-    assert figures.chance(found, f"text_to_image_recall@{k}") == pytest.approx(min(1, k / images))
+    for seen in ("image", "video"):
+        assert figures.chance(found, f"{seen}_to_text_recall@{k}") == pytest.approx(to_text, abs=0.03)
+        assert figures.chance(found, f"text_to_{seen}_recall@{k}") == pytest.approx(min(1, k / images))
+        assert figures.label(f"text_to_{seen}_recall@{k}") == f"text → {seen}, recall@{k}"
 
 
 def test_everything_from_outside_is_escaped(tmp_path):

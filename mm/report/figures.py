@@ -8,9 +8,14 @@ from typing import Any, NamedTuple
 from mm.report.history import History
 
 COUNTS = ("samples", "captions", "classes")
-RECALL = re.compile(r"(image_to_text|text_to_image)_recall@(\d+)(_reranked)?")
+DIRECTIONS = {
+    "image_to_text": "image → text",
+    "text_to_image": "text → image",
+    "video_to_text": "video → text",
+    "text_to_video": "text → video",
+}
+RECALL = re.compile(rf"({'|'.join(DIRECTIONS)})_recall@(\d+)(_reranked)?")
 SHARES = ("accuracy", "mean_per_class", "consistency", "in_vocabulary", "answerability", "bleu@")
-DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
 class Row(NamedTuple):
@@ -44,7 +49,7 @@ def table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> 
             _show_error(after.get(key), after.get(f"{key}_error")),
             _show(key, chance(either, key), places=2),
         )
-        for key in sorted(either, key=lambda key: key.startswith("text_to_image"))
+        for key in sorted(either, key=lambda key: key.startswith("text_to_"))
         if _is_result(key) and isinstance(either[key], int | float)
     ]
 
@@ -79,7 +84,7 @@ def chance(figures: Mapping[str, Any], key: str) -> float | None:
         return None
     top = int(recall.group(2))
     # all images taken to have equally many captions
-    candidates, right = (images, 1.0) if recall.group(1) == "text_to_image" else (texts, texts / images)
+    candidates, right = (images, 1.0) if recall.group(1).startswith("text_to_") else (texts, texts / images)
     missed = 1.0
     for rank in range(min(top, int(candidates))):
         missed *= max(0.0, 1 - right / (candidates - rank))
