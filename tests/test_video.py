@@ -68,6 +68,14 @@ def test_rotation_flags(turn: int, dark: str) -> None:
     assert min(quarters, key=quarters.__getitem__) == dark
 
 
+@pytest.mark.parametrize("standard", ["ITU601", "ITU709"])
+def test_colours_are_those_of_the_standard_that_the_file_names(standard: str) -> None:
+    colour = (200, 40, 60)
+    made = np.full((5, 48, 64, 3), colour, np.uint8)
+    frame = next(iter(open_video(videos.encode(made, standard=standard)).frames([2])))
+    assert (frame[:, 24, 32] - torch.tensor(colour)).abs().max() <= 4
+
+
 @pytest.mark.parametrize("size", [(34, 50), (16, 200), (98, 18)])
 def test_odd_sizes(size: tuple[int, int]) -> None:
     frame = next(iter(open_video(videos.encode(videos.pictures(3, *size))).frames([1])))

@@ -38,9 +38,11 @@ def encode(
     gop: int = 8,
     shown: list[int] | None = None,
     rotation: int = 0,
+    standard: str | None = None,
     **options: str,
 ) -> bytes:
-    """A video file of frames (N, H, W, 3), 10 a second, or shown at these milliseconds."""
+    """A video file of frames (N, H, W, 3), 10 a second, or shown at these milliseconds; with the name of a standard for
+    its colours."""
     if kind == "webp":
         return _webp(frames)
     form, codec, pixels = CODECS[kind]
@@ -51,10 +53,15 @@ def encode(
         stream.codec_context.gop_size = gop
         if kind not in ("avi", "ts"):
             stream.codec_context.time_base = Fraction(1, 100 if kind == "gif" else 1000)
+        if standard is not None:
+            stream.codec_context.colorspace = {"ITU709": 1, "ITU601": 6}[standard]
         if rotation:
             stream.set_display_rotation(rotation)
         for number, pixels_of in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels_of, format="rgb24")
+            if standard is not None:
+                frame = frame.reformat(format=pixels, dst_colorspace=standard)
+                frame.colorspace = stream.codec_context.colorspace
             at = Fraction(number, 10) if shown is None else Fraction(shown[number], 1000)
             frame.time_base = stream.codec_context.time_base or Fraction(1, 10)
             frame.pts = round(at / frame.time_base)

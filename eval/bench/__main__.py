@@ -8,7 +8,16 @@ import os
 
 import torch
 
-from eval.bench import coverage, decode_speed, loader, mixing, open_clip_parity, overhead, step_speed
+from eval.bench import (
+    coverage,
+    decode_speed,
+    loader,
+    mixing,
+    open_clip_parity,
+    overhead,
+    step_speed,
+    video_decode,
+)
 from eval.bench.measure import table
 from mm import program
 from mm.errors import UserError
@@ -27,6 +36,7 @@ def main(argv: list[str]) -> None:
     rows += loader.measure(loader.LoaderConfig())
     rows += coverage.measure(coverage.CoverageConfig())
     rows += mixing.measure(mixing.MixingConfig())
+    rows += video_decode.measure(video_decode.VideoDecodeConfig())
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(table(rows))
 

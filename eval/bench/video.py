@@ -51,8 +51,8 @@ ACTIONS = (
     "optim={lr: 1e-3, weight_decay: 0.05, warmup: 160}",
 )
 STARTS = {
-    "pretrained": ("image={size: 96, frozen_batchnorm: true, lock: true}",),
-    "scratch": ("image={size: 96}", "scratch=true", "optim.lr=5e-4"),
+    "pretrained": ("image={size: 64, frozen_batchnorm: true, lock: true}",),
+    "scratch": ("image={size: 64}", "scratch=true", "optim.lr=5e-4"),
 }
 
 

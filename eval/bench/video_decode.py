@@ -1,17 +1,18 @@
-"""Clips a second from video files, on one core, in turns: ours, decord, and decoding all frames.
+"""Clips from video files on one core, in turns: ours, decord, and decoding all frames.
 
-Each reads the same files and takes the same frames: 8, evenly spread (TSN's middle of equal parts), as RGB at the
-size of the file. `plain` decodes every frame with PyAV and keeps those 8, as torchvision's read_video does. Files are
-made here: moving noise over a photograph, H.264 with B-frames, a keyframe every 12 or 250 frames.
+`python -m eval.bench.video_decode`. Each reads the same files and takes the same frames: 8, evenly spread (TSN's middle
+of equal parts), as RGB at the size of the file. `plain` decodes every frame with PyAV and keeps those 8, as the
+read_video of torchvision does. Files are made here: a pattern that moves, H.264 with B-frames, keyframes near each
+other or far apart.
 
-`python -m eval.bench.video_decode` prints the table; decord is `pip install eva-decord`.
+decord is `pip install eva-decord`; without it that row is left out.
 """
 
+import importlib.util
 import io
-import sys
-import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -19,11 +20,21 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.bench.measure import Row, cpus, in_turns, paired_ratio, table, walls
+from mm import program
+from mm.config import Config, parse
 from mm.data.video import open_video
 from mm.data.video.sampling import clip_of
 
-FRAMES, ROUNDS = 8, 5
+FRAMES = 8
 Read = Callable[[bytes], list[NDArray[np.uint8]]]
+
+
+class VideoDecodeConfig(Config):
+    """How long it measures."""
+
+    turns: int = 5
+    """Of each reader."""
 
 
 class Film(NamedTuple):
@@ -92,65 +103,61 @@ def _middles(count: int) -> list[int]:
     return [int((number + 0.5) * count / FRAMES) for number in range(FRAMES)]
 
 
-def seconds(read: Read, files: Sequence[bytes]) -> tuple[float, float]:
-    """Wall and CPU seconds for all files."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def every(read: Read, files: Sequence[bytes]) -> None:
+    """Read a clip of each file."""
     for data in files:
         read(data)
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def compare(
-    film: Film, readers: dict[str, Read], files: int, rounds: int = ROUNDS
-) -> dict[str, dict[str, float]]:
-    """Of each reader: clips a second of CPU, how many times our own rate that is (medians of paired ratios), and the
-    largest mean difference of a frame from the plain way's."""
+class Comparison(NamedTuple):
+    """Ours beside another reader."""
+
+    clips_per_cpu_s: float
+    """Of the other one."""
+    wall: float
+    """How many times its speed ours has: medians of paired ratios."""
+    cpu: float
+    apart: float
+    """The largest mean difference of a frame from the plain way's, in levels."""
+
+
+def compare(film: Film, readers: dict[str, Read], files: int, turns: int) -> dict[str, Comparison]:
+    """Each reader, of which `ours` is the first."""
     made = [make(film, seed) for seed in range(files)]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
-    for _ in range(rounds):
-        for name, read in readers.items():
-            times[name].append(seconds(read, made))
+    seconds = in_turns([partial(every, read, made) for read in readers.values()], turns)
     truth = plain(made[0])
     found = {}
-    for name, read in readers.items():
+    for (name, read), own in zip(readers.items(), seconds, strict=True):
         apart = max(
             float(np.abs(one.astype(int) - other.astype(int)).mean())
             for one, other in zip(read(made[0]), truth, strict=True)
         )
-        wall, cpu = (
-            median(own[which] / mine[which] for own, mine in zip(times[name], times["ours"], strict=True))
-            for which in (0, 1)
-        )
-        rate = files / median(cpu for _, cpu in times[name])
-        found[name] = {
-            "clips_per_cpu_s": rate,
-            "ours_faster_wall": wall,
-            "ours_faster_cpu": cpu,
-            "apart": apart,
-        }
+        wall, cpu = (paired_ratio(of(own), of(seconds[0])) for of in (walls, cpus))
+        found[name] = Comparison(files / median(cpus(own)), wall, cpu, apart)
     return found
 
 
-def main() -> None:
-    readers: dict[str, Read] = {"ours": ours, "plain": plain}
-    try:
-        import decord  # noqa: F401
-
+def measure(config: VideoDecodeConfig) -> list[Row]:
+    """A row for each kind of file and each other reader."""
+    readers: dict[str, Read] = {"ours": ours, "decoding all": plain}
+    if importlib.util.find_spec("decord"):
         readers["decord"] = with_decord
-    except ImportError:
-        print("decord is not installed (pip install eva-decord): left out", file=sys.stderr)
-    print(
-        f"{'files':38} {'reader':8} {'clips/CPU s':>11} {'ours x wall':>12} {'x CPU':>7} {'levels apart':>13}"
-    )
+    rows = []
     for film in FILMS:
-        for name, one in compare(
-            film, readers, files=4 if film.height < 500 and film.seconds < 60 else 1
-        ).items():
-            print(
-                f"{film.name:38} {name:8} {one['clips_per_cpu_s']:11.1f} {one['ours_faster_wall']:12.2f} "
-                f"{one['ours_faster_cpu']:7.2f} {one['apart']:13.2f}"
-            )
+        files = 4 if film.height < 500 and film.seconds < 60 else 1
+        for name, one in compare(film, readers, files, config.turns).items():
+            if name != "ours":
+                figure = f"{one.wall:.2f}x wall, {one.cpu:.2f}x CPU"
+                rows.append(Row("video", f"{film.name}: against {name}", figure, ">= 1x", min(one[1:3]) >= 1))
+                rows.append(
+                    Row("video", "  its pixels", f"{one.apart:.2f} levels apart", "0", one.apart == 0)
+                )
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    print(table(measure(parse(VideoDecodeConfig, argv, "eval.bench.video_decode"))))
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)
