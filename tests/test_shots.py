@@ -14,6 +14,7 @@ from mm.data.shards import Sample, ShardSet
 from mm.data.shots import write_shots
 from mm.data.writer import ShardWriter
 from mm.errors import UserError
+from tests import tiny
 from tests.test_make import jpeg
 
 NAMES = ["cat", "sea lion", "dog"]
@@ -183,3 +184,17 @@ def test_mistakes_name_the_classes_and_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "out/mine").write_text("x")
     with pytest.raises(UserError, match="exists"):
         write_shots(other, tmp_path / "out", 1, 0)
+
+
+def test_videos(tmp_path: Path) -> None:
+    """Files and numbered frames alike; one that is none is passed over."""
+    made = tiny.clips(tmp_path / "clips", 12, damaged=3)
+    for k in (2, 4):
+        assert write_shots(str(made), tmp_path / f"few{k}", k, seed=1) == {0: k, 1: k}
+    found = [
+        {(sample.key, tuple(sorted(sample.members))) for sample in map(few.__getitem__, range(len(few)))}
+        for few in (ShardSet(str(tmp_path / f"few{k}")) for k in (2, 4))
+    ]
+    assert found[0] < found[1]
+    with pytest.raises(UserError, match=r"fewer than 7 samples that can be used"):
+        write_shots(str(made), tmp_path / "many", 7, seed=1)
