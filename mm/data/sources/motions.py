@@ -35,10 +35,6 @@ class Motion(NamedTuple):
     backward: str
     cycle: Callable[[Image.Image, Look, int, int], Iterator[Image.Image]]
     """Drawing (RGBA), look, size, steps -> the pictures of a cycle, forward."""
-    anywhere: bool = True
-    """Whether a clip may begin at any step of the cycle; else always at the first, and then each moment of the clip
-    has its own place: the order of moments tells the direction, where the others need the change from one to the
-    next."""
 
 
 def draw_look(background: tuple[int, int, int], rng: Random) -> Look:
@@ -107,14 +103,6 @@ def _orbit(drawing: Image.Image, look: Look, size: int, steps: int) -> Iterator[
         yield _pasted(tile, size, place, look)
 
 
-def _swing(drawing: Image.Image, look: Look, size: int, steps: int) -> Iterator[Image.Image]:
-    tile = _scaled(drawing, look.side * size)
-    far = 0.5 * (size - tile.width)
-    _, top = _room(look, size, tile.width, tile.height)
-    for k in range(steps):
-        yield _pasted(tile, size, (far * (1 + math.sin(2 * math.pi * k / steps)), top), look)
-
-
 def _pulse(drawing: Image.Image, look: Look, size: int, steps: int) -> Iterator[Image.Image]:
     largest = 1.4 * look.side * size
     left, top = _room(look, size, largest, largest)
@@ -148,5 +136,4 @@ MOTIONS: dict[str, Motion] = {
     "turn": Motion("turning clockwise", "turning anticlockwise", _turn),
     "orbit": Motion("going round clockwise", "going round anticlockwise", _orbit),
     "pulse": Motion("growing", "shrinking", _pulse),
-    "swing": Motion("swinging right, then left", "swinging left, then right", _swing, anywhere=False),
 }

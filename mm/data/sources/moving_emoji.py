@@ -46,7 +46,7 @@ class MovingEmojiConfig(SourceConfig):
     """Artist of the drawings of `train` and `val`."""
     test_artist: Literal["openmoji", "twemoji"] = "twemoji"
     """Artist of the drawings of `test` and `test_reversed`."""
-    motions: tuple[Literal["slide", "climb", "turn", "orbit", "pulse", "swing"], ...] = (
+    motions: tuple[Literal["slide", "climb", "turn", "orbit", "pulse"], ...] = (
         "slide",
         "climb",
         "turn",
@@ -54,8 +54,7 @@ class MovingEmojiConfig(SourceConfig):
         "pulse",
     )
     """Motions, of two classes each: moving right and left, moving up and down, turning clockwise and anticlockwise,
-    going round a circle clockwise and anticlockwise, growing and shrinking; and swing: from the middle to the right,
-    then to the left and back, or to the left first (this one always begins in the middle).
+    going round a circle clockwise and anticlockwise, growing and shrinking.
     """
     clips_of_each: int = Field(4, ge=1)
     """Clips of each thing, motion and direction."""
@@ -180,7 +179,7 @@ def clips_of(config: MovingEmojiConfig, things: Sequence[Thing], arts: Sequence[
             for i in range(config.clips_of_each):
                 rng = Random(f"{config.clip_seed}/{thing.name}/{motion}/{i}")
                 look = draw_look(arrange([thing], arts, config.size, rng).background, rng)
-                phase = rng.randrange(config.frames - 1) if MOTIONS[motion].anywhere else 0
+                phase = rng.randrange(config.frames - 1)
                 for direction in (1, -1):
                     yield Clip(f"{thing.name}/{motion}/{i}", thing.name, motion, direction, phase, look)
 
