@@ -1,5 +1,6 @@
 """Text files with an entry a line: class names, templates."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from mm.errors import UserError
@@ -19,3 +20,8 @@ def read_lines(path: Path) -> list[str]:
     if not lines:
         raise UserError(f"{path} is empty")
     return lines
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a file with these lines, UTF-8."""
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mm.data import decode, questions
 from mm.data.decode import BadSample
-from mm.data.lines import read_lines
+from mm.data.lines import read_lines, write_lines
 from mm.data.remote import is_remote
 from mm.data.shards import Sample, ShardSet
 from mm.data.sources.output import complete_folder
@@ -74,7 +74,7 @@ def write_shots(shards: str | Sequence[str], out: Path, k: int, seed: int) -> di
     with complete_folder(out) as folder:
         _write(folder, samples, [place for places in chosen.values() for place in places])
         if names:
-            (folder / NAMES).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            write_lines(folder / NAMES, names)
         if skipped:
             lines = [json.dumps(entry) + "\n" for entry in skipped]
             (folder / "skipped.jsonl").write_text("".join(lines))

@@ -15,7 +15,7 @@ from mm.data.clips import Views
 from mm.data.questions import label
 from mm.data.shards import Sample
 from mm.data.transforms import EvalTransform
-from mm.data.video import video_bytes
+from mm.data.video import video_content
 from mm.encoders import Features
 from mm.evaluators.passes import (
     Facts,
@@ -131,19 +131,14 @@ class EverythingReading(Reading):
         if sample is None:
             return image
         if "image" not in facts["problems"]:
-            facts["image_id"] = hashlib.blake2b(self._seen(sample), digest_size=16).hexdigest()
+            data = decode.image_member(sample) if self.views is None else video_content(sample.members)
+            facts["image_id"] = hashlib.blake2b(data, digest_size=16).hexdigest()
         for field, read in (("captions", decode.captions), ("label", label)):
             try:
                 facts[field] = read(sample)
             except decode.BadSample as error:
                 facts["problems"][field] = error.reason
         return image
-
-    def _seen(self, sample: Sample) -> bytes:
-        if self.views is None:
-            return decode.image_member(sample)
-        found = video_bytes(sample.members)
-        return found if isinstance(found, bytes) else b"".join(found)
 
 
 def mean_of_views(rows: Tensor, views: int) -> Tensor:

@@ -8,9 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mm.encoders import Features
+from mm.encoders.layers import linear
 from mm.errors import UserError
 from mm.fusion.base import Fusion, Width
-from mm.fusion.layers import Block, Input, LearnedVectors, full, linear
+from mm.fusion.layers import Block, Input, LearnedVectors, full
 
 
 class Stream(NamedTuple):

@@ -5,16 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-INIT_STD = 0.02
-
-
-def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    """A linear layer with weights from a truncated normal distribution and a bias, if any, of 0 at first."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
-    nn.init.trunc_normal_(layer.weight, std=INIT_STD)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
+from mm.encoders.layers import INIT_STD, linear, mlp
 
 
 def full(x: Tensor) -> Tensor:
@@ -132,13 +123,7 @@ class Block(nn.Module):
         super().__init__()
         self.own = Attention(width, heads, dropout)
         self.cross = Attention(width, heads, dropout, cross=True) if cross else None
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width),
-            linear(width, 4 * width),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            linear(4 * width, width),
-        )
+        self.mlp = mlp(width, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(

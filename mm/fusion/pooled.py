@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mm.encoders import Features
+from mm.encoders.layers import linear
 from mm.fusion.base import Fusion, Width
-from mm.fusion.layers import Input, LearnedVectors, full, linear
+from mm.fusion.layers import Input, LearnedVectors, full
 
 ROOT_EPS = 1e-6
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mm import distributed
 from mm.config import Config
+from mm.encoders.layers import linear
 from mm.errors import UserError
-from mm.fusion.layers import full, linear
+from mm.fusion.layers import full
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each (rows, heads, tokens, width / heads)."""

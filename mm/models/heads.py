@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mm.encoders import Features
+from mm.encoders.layers import linear
 from mm.fusion import Fusion, Width, fusion
-from mm.fusion.layers import Standard, linear
+from mm.fusion.layers import Standard
 from mm.models.decoder import TextDecoder, decoder
 from mm.models.two_tower import TwoTower, inference
 

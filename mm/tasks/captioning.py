@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mm.config import Config
 from mm.data import decode
-from mm.data.decode import EncodedImage
 from mm.data.shards import Sample
 from mm.models.decoder import DecoderConfig, build_decoder, sequence_loss
 from mm.models.fused import Fused
@@ -51,9 +50,8 @@ class CaptionPreparation(WritingPreparation):
 
     def __call__(self, sample: Sample, rng: random.Random) -> Item:
         caption = rng.choice(decode.captions(sample))
-        data = decode.image_member(sample)
-        image = self.transform(EncodedImage(data), rng)
-        return Item(image, self.tokenizer(caption), content_id(data), text_id(caption))
+        image = self.look(sample, rng)
+        return Item(image, self.tokenizer(caption), content_id(self.seen(sample)), text_id(caption))
 
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """images (B, 3, S, S), input_ids and mask (B, L) for the text tower, words and words_mask (B, T) for the

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from mm import metrics
 from mm.config import Config
-from mm.data import decode
-from mm.data.decode import BadSample, EncodedImage
+from mm.data.decode import BadSample
 from mm.data.questions import question
 from mm.data.shards import Sample
 from mm.fusion import FusionConfig, build_fusion
@@ -52,7 +51,7 @@ class WrittenAnswerPreparation(WritingPreparation):
             raise BadSample("no answers")
         # ALBEF weighs each different answer by how many gave it; drawn that often, it is the same on average
         answer = rng.choice(said)
-        image = self.transform(EncodedImage(decode.image_member(sample)), rng)
+        image = self.look(sample, rng)
         return Item(image, self.tokenizer(asked.text), self.tokenizer(answer))
 
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from mm.data.clips import Clip, Views, clip_views, drawn_clip
 from mm.data.decode import EncodedImage
 from mm.data.shards import Sample
 from mm.data.transforms import EvalTransform
-from mm.data.video import video_bytes, video_of
+from mm.data.video import video_content, video_of
 from mm.errors import UserError
 from mm.models.folder import Model
 from mm.models.heads import Head
@@ -62,8 +62,7 @@ class Preparation(ABC):
         """The bytes of what is seen, which name it. Raises BadSample where there are none."""
         if self.clip is None:
             return decode.image_member(sample)
-        found = video_bytes(sample.members)
-        return found if isinstance(found, bytes) else b"".join(found)
+        return video_content(sample.members)
 
     def unaugmented(self, transform: EvalTransform) -> "Preparation":
         """The same for held-out samples: nothing about the image or the clip is drawn."""

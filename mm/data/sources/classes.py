@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
+from mm.data.lines import write_lines
 from mm.data.sources.annotations import is_utf8, shown
 from mm.data.sources.files import SUFFIXES
 from mm.data.sources.images import (
@@ -20,10 +21,9 @@ from mm.data.sources.images import (
     ImagesConfig,
     Item,
     refuse_nothing,
-    write_shards,
-    write_test_shard,
+    write_items,
 )
-from mm.data.sources.output import Report, by_hash
+from mm.data.sources.output import Report
 from mm.errors import UserError
 
 
@@ -63,17 +63,16 @@ def write(config: ClassesConfig, folder: Path) -> Report:
     folders = _folders(root, config, report)
     classes = _classes(root, folders, config, report)
     items = list(_items(root, folders, classes, report))
-    if config.layout == "evaluation":
-        images = write_test_shard(folder, (members for _, members in reader.members(items)))
-        text = "".join(f"{template}\n" for template in config.templates)
-        (folder / "zeroshot_classification_templates.txt").write_text(text, encoding="utf-8")
-    else:
-        items = by_hash(items, (item.name for item in items), config.seed)
-        samples = (members for _, members in reader.members(items))
-        images = write_shards(folder, samples, config.samples_per_shard)
+
+    def samples(items: Sequence[Item]) -> Iterator[dict[str, bytes]]:
+        return (members for _, members in reader.members(items))
+
+    images = write_items(config, config.layout, folder, items, samples)
     if not images:
         refuse_nothing("images", root, report)
-    (folder / "classnames.txt").write_text("".join(f"{name}\n" for _, name in classes), encoding="utf-8")
+    if config.layout == "evaluation":
+        write_lines(folder / "zeroshot_classification_templates.txt", config.templates)
+    write_lines(folder / "classnames.txt", (name for _, name in classes))
     report.counts |= {"images": images, "classes": len(classes)}
     return report
 

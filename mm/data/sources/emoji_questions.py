@@ -59,16 +59,10 @@ class EmojiQuestionsConfig(SourceConfig):
 
 def write(config: EmojiQuestionsConfig, folder: Path) -> Report:
     """Make the sets of questions and of statements in `folder`."""
-    if config.artist == config.test_artist:
-        raise UserError(
-            f"test_artist={config.test_artist} is the artist of the other sets; choose the other one"
-        )
-    names: tuple[str, str] = (config.artist, config.test_artist)
-    sources = {name: emoji.ART[name](emoji.EmojiConfig()) for name in names}
-    things = emoji_things.read_things(config.of_each_kind)
-    arts = {name: emoji_things.draw(name, art, things, config.size) for name, art in sources.items()}
-    drawn = [thing for thing in things.values() if all(thing.name in art for art in arts.values())]
-    maker = _Maker(config, drawn, arts, {name: art.licence for name, art in sources.items()})
+    sources, arts, drawn = emoji_things.draw_by_two(
+        config.artist, config.test_artist, config.of_each_kind, config.size
+    )
+    maker = _Maker(config, list(drawn.values()), arts, {name: art.licence for name, art in sources.items()})
     report = Report({"things": len(maker.things)})
     # the test sets first: they do not change with the size of the training set
     test, test_artist = maker.questions("test", config.test, config.artist, config.test_artist)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from mm.data.sources import emoji
 from mm.data.sources.canvas import Art, Kind, Thing, read_drawing
 from mm.data.sources.emoji_concepts import read_concepts
+from mm.errors import UserError
 
 KINDS = {
     "animal": Kind("an animal", "animals"),
@@ -65,3 +66,19 @@ def draw(artist: str, art: emoji.Art, things: Mapping[str, Thing], size: int) ->
     concepts = [concept for concept in read_concepts() if concept.name in things]
     pngs = emoji.draw(artist, art, concepts, round(1.3 * size))
     return {things[c.name].name: read_drawing(pngs[c.code]) for c in concepts if c.code in pngs}
+
+
+def draw_by_two(
+    artist: str, test_artist: str, of_each_kind: int | None, size: int
+) -> tuple[dict[str, emoji.Art], dict[str, Art], dict[str, Thing]]:
+    """The art of both artists by their names, their drawings, and by concept the things that both have drawn.
+
+    Raises UserError where they are one.
+    """
+    if artist == test_artist:
+        raise UserError(f"test_artist={test_artist} is the artist of the other sets; choose the other one")
+    sources = {name: emoji.ART[name](emoji.EmojiConfig()) for name in (artist, test_artist)}
+    things = read_things(of_each_kind)
+    arts = {name: draw(name, art, things, size) for name, art in sources.items()}
+    both = {c: thing for c, thing in things.items() if all(thing.name in art for art in arts.values())}
+    return sources, arts, both

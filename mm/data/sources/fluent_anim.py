@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from pydantic import Field, field_validator
 
+from mm.data.lines import write_lines
 from mm.data.sources import iconify, packages
 from mm.data.sources.emoji_concepts import code_of, normalise
 from mm.data.sources.images import refuse_nothing, write_shards, write_test_shard
@@ -105,20 +106,18 @@ def write(config: FluentAnimConfig, folder: Path) -> Report:
             f"val={','.join(config.val)} test={','.join(config.test)} leave no clip of {', '.join(sorted(untrained))} "
             "to train on; name fewer variants"
         )
-    names = "".join(f"{name}\n" for name in classes)
     report.counts["classes"] = len(classes)
     train = by_hash(parts["train"], (clip.code for clip in parts["train"]), config.seed)
     samples = (_members(clip, classes) for clip in train)
     report.counts["train"] = write_shards(folder / "train", samples, config.samples_per_shard)
-    (folder / "train/classnames.txt").write_text(names)
+    write_lines(folder / "train/classnames.txt", classes)
     for part in ("val", "test"):
         place, samples = folder / part, (_members(clip, classes) for clip in parts[part])
         if parts[part]:
             report.counts[part] = write_test_shard(place, samples)
-            (place / "classnames.txt").write_text(names)
-            templates = "".join(f"{template}\n" for template in TEMPLATES)
-            (place / "zeroshot_classification_templates.txt").write_text(templates)
-    (folder / "README.md").write_text("\n".join(_readme(config, report, classes)) + "\n")
+            write_lines(place / "classnames.txt", classes)
+            write_lines(place / "zeroshot_classification_templates.txt", TEMPLATES)
+    write_lines(folder / "README.md", _readme(config, report, classes))
     return report
 
 

@@ -5,10 +5,10 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple, Protocol, TypeVar
 
 from PIL import Image
 from pydantic import Field
@@ -16,8 +16,20 @@ from pydantic import Field
 from mm.data.index import is_inside, open_regular
 from mm.data.sources.annotations import shown
 from mm.data.sources.files import AT_A_TIME, EXTENSIONS, LARGEST_IMAGE, _shrunk
-from mm.data.sources.output import Report, SourceConfig, progress
+from mm.data.sources.output import Report, SourceConfig, by_hash, progress
 from mm.errors import UserError
+
+
+class Named(Protocol):
+    """What becomes a sample."""
+
+    @property
+    def name(self) -> str:
+        """What the report calls it, and the order of training depends on."""
+        ...
+
+
+N = TypeVar("N", bound=Named)
 
 
 class ImagesConfig(SourceConfig):
@@ -199,6 +211,20 @@ def write_test_shard(folder: Path, samples: Iterable[dict[str, bytes]]) -> int:
         index_shards(str(test))
     (test / "nshards.txt").write_text("1\n")
     return count
+
+
+def write_items(
+    config: SourceConfig,
+    layout: Literal["train", "evaluation"],
+    folder: Path,
+    items: Sequence[N],
+    members: Callable[[Sequence[N]], Iterable[dict[str, bytes]]],
+) -> int:
+    """Write the samples of items: train: shuffled shards; evaluation: `test/0.tar` in order. Returns how many."""
+    if layout == "evaluation":
+        return write_test_shard(folder, members(items))
+    shuffled = by_hash(items, (item.name for item in items), config.seed)
+    return write_shards(folder, members(shuffled), config.samples_per_shard)
 
 
 def refuse_nothing(what: str, source: object, report: Report) -> None:

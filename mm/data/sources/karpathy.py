@@ -6,7 +6,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,9 @@ from mm.data.sources.images import (
     ImagesConfig,
     Item,
     refuse_nothing,
-    write_shards,
-    write_test_shard,
+    write_items,
 )
-from mm.data.sources.output import Report, by_hash
+from mm.data.sources.output import Report
 from mm.errors import UserError
 
 ABOUT = ("imgid", "cocoid", "sentids", "split", "filename", "filepath")
@@ -43,17 +42,13 @@ def write(config: KarpathyConfig, folder: Path) -> Report:
     items = list(_items(config, report))
     captions = 0
 
-    def samples(items: list[Item]) -> Iterator[dict[str, bytes]]:
+    def samples(items: Sequence[Item]) -> Iterator[dict[str, bytes]]:
         nonlocal captions
         for item, members in reader.members(items):
             captions += item.members["txt"].count(b"\n") + 1
             yield members
 
-    if config.layout == "evaluation":
-        images = write_test_shard(folder, samples(items))
-    else:
-        items = by_hash(items, (item.name for item in items), config.seed)
-        images = write_shards(folder, samples(items), config.samples_per_shard)
+    images = write_items(config, config.layout, folder, items, samples)
     if not images:
         refuse_nothing("images", config.annotations, report)
     report.counts |= {"images": images, "captions": captions}

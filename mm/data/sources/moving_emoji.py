@@ -7,7 +7,7 @@ artist; `val` shows other things, and `test` others again, drawn by the other ar
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, field_validator
 
+from mm.data.lines import write_lines
 from mm.data.sources import emoji, emoji_things
 from mm.data.sources.asking import with_article
 from mm.data.sources.canvas import Art, Thing, arrange
@@ -106,15 +107,9 @@ class Clip(NamedTuple):
 
 def write(config: MovingEmojiConfig, folder: Path) -> Report:
     """Make the training set and the evaluation sets in `folder`."""
-    if config.artist == config.test_artist:
-        raise UserError(
-            f"test_artist={config.test_artist} is the artist of the other sets; choose the other one"
-        )
-    names: tuple[str, str] = (config.artist, config.test_artist)
-    sources = {name: emoji.ART[name](emoji.EmojiConfig()) for name in names}
-    things = emoji_things.read_things(config.of_each_kind)
-    arts = {name: emoji_things.draw(name, art, things, config.size) for name, art in sources.items()}
-    drawn = {c: thing for c, thing in things.items() if all(thing.name in art for art in arts.values())}
+    sources, arts, drawn = emoji_things.draw_by_two(
+        config.artist, config.test_artist, config.of_each_kind, config.size
+    )
     parts = split(drawn, config)
     classes = class_names(config.motions)
 
@@ -135,15 +130,15 @@ def write(config: MovingEmojiConfig, folder: Path) -> Report:
     report.counts["train"] = write_shards(
         folder / "train", map(_joined, samples("train")), config.samples_per_shard
     )
-    _write_lines(folder / "train/classnames.txt", classes)
+    write_lines(folder / "train/classnames.txt", classes)
     test = list(samples("test"))
     # a clip backwards is its twin, which stands beside it
     backwards = [(test[i ^ 1][0], label) for i, (_, label) in enumerate(test)]
     for name, found in {"val": samples("val"), "test": test, "test_reversed": backwards}.items():
         report.counts[name] = write_test_shard(folder / name, map(_joined, found))
-        _write_lines(folder / name / "classnames.txt", classes)
-        _write_lines(folder / name / "zeroshot_classification_templates.txt", TEMPLATES)
-    _write_lines(folder / "README.md", _readme(config, sources, report))
+        write_lines(folder / name / "classnames.txt", classes)
+        write_lines(folder / name / "zeroshot_classification_templates.txt", TEMPLATES)
+    write_lines(folder / "README.md", _readme(config, sources, report))
     return report
 
 
@@ -232,10 +227,6 @@ def _label(clip: Clip, classes: Sequence[str], about: Mapping[str, Any]) -> Memb
 
 def _joined(sample: tuple[Members, Members]) -> Members:
     return sample[0] | sample[1]
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _readme(config: MovingEmojiConfig, sources: Mapping[str, emoji.Art], report: Report) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import Field
 
 from mm.config import Config
+from mm.data.lines import write_lines
 from mm.errors import UserError
 
 T = TypeVar("T")
@@ -179,8 +180,8 @@ def write_evaluation_set(
     (test / "sizes.json").unlink()
     index_shards(str(test))
     (test / "nshards.txt").write_text("1\n")
-    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names))
-    (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in templates))
+    write_lines(folder / "classnames.txt", names)
+    write_lines(folder / "zeroshot_classification_templates.txt", templates)
 
 
 def progress(items: Sequence[T], what: str) -> Iterable[T]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from mm.data.extensions import VIDEO_EXTENSIONS
 from mm.data.index import is_inside
 from mm.data.sources.annotations import shown
 from mm.data.sources.output import Report, SourceConfig, progress
@@ -23,25 +24,7 @@ from mm.errors import UserError
 if TYPE_CHECKING:
     from mm.data.sources.video_files_stored import Stored
 
-# as mm.data.video has them
-EXTENSIONS = (
-    "mp4",
-    "webm",
-    "mkv",
-    "mov",
-    "m4v",
-    "avi",
-    "gif",
-    "webp",
-    "mpg",
-    "mpeg",
-    "ts",
-    "flv",
-    "wmv",
-    "3gp",
-    "ogv",
-)
-ENDING = re.compile(rf"(\.({'|'.join(EXTENSIONS)}))+$", re.IGNORECASE)  # `.mp4.webm` too
+ENDING = re.compile(rf"(\.({'|'.join(VIDEO_EXTENSIONS)}))+$", re.IGNORECASE)  # `.mp4.webm` too
 
 
 class VideoFilesConfig(SourceConfig):
@@ -203,4 +186,4 @@ class VideoReader:
 def _rank(name: str) -> int:
     """Files come before folders of frames, in the order of the extensions."""
     suffix = name.rpartition(".")[2].lower()
-    return EXTENSIONS.index(suffix) if suffix in EXTENSIONS else len(EXTENSIONS)
+    return VIDEO_EXTENSIONS.index(suffix) if suffix in VIDEO_EXTENSIONS else len(VIDEO_EXTENSIONS)

@@ -19,7 +19,7 @@ from mm.data.sources.annotations import shown
 from mm.data.transforms import composite
 from mm.data.video import Video, open_pictures, open_video
 from mm.data.video.animation import is_webp
-from mm.data.video.packets import FORMATS
+from mm.data.video.packets import OPTIONS
 
 LARGEST_VIDEO = 2**30  # bytes of a file, which is read as a whole
 LARGEST_FRAME = 2**28  # bytes of an image
@@ -144,8 +144,7 @@ def _container(data: bytes, given: str) -> tuple[str, float | None]:
 
     if is_webp(data):
         return "webp", None
-    options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
-    with av.open(io.BytesIO(data), "r", options=options, metadata_errors="ignore") as container:
+    with av.open(io.BytesIO(data), "r", options=OPTIONS, metadata_errors="ignore") as container:
         name, brand = container.format.name, container.metadata.get("major_brand", "qt").strip()
         alone = all(stream.type == "video" for stream in container.streams)
         seconds = container.duration / av.time_base if container.duration else None

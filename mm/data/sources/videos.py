@@ -7,12 +7,13 @@ video_lists_folders.py    a folder for each class
 video_files.py            finding the videos; video_files_stored.py: checking and storing them
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import field_validator, model_validator
 
+from mm.data.lines import write_lines
 from mm.data.sources import (
     video_lists_actions,
     video_lists_folders,
@@ -20,8 +21,8 @@ from mm.data.sources import (
     video_lists_sentences,
 )
 from mm.data.sources.annotations import shown
-from mm.data.sources.images import refuse_nothing, write_shards, write_test_shard
-from mm.data.sources.output import Report, by_hash
+from mm.data.sources.images import refuse_nothing, write_items
+from mm.data.sources.output import Report
 from mm.data.sources.video_files import Row, VideoReader
 from mm.data.sources.video_lists import ListedConfig, Listing
 
@@ -74,17 +75,13 @@ def write(config: VideosConfig, folder: Path) -> Report:
     rows = _once(listing.rows, report)
     captions = 0
 
-    def samples(rows: list[Row]) -> Iterator[dict[str, bytes]]:
+    def samples(rows: Sequence[Row]) -> Iterator[dict[str, bytes]]:
         nonlocal captions
         for row, members in reader.members(rows):
             captions += row.members["txt"].count(b"\n") + 1
             yield members
 
-    if config.layout == "evaluation":
-        videos = write_test_shard(folder, samples(rows))
-    else:
-        rows = by_hash(rows, (row.name for row in rows), config.seed)
-        videos = write_shards(folder, samples(rows), config.samples_per_shard)
+    videos = write_items(config, config.layout, folder, rows, samples)
     if not videos:
         refuse_nothing("videos", config.annotations or config.videos, report)
     report.counts |= {"videos": videos}
@@ -92,10 +89,10 @@ def write(config: VideosConfig, folder: Path) -> Report:
         report.counts["captions"] = captions
     else:
         report.counts["classes"] = len(listing.classes)
-        _write_lines(folder / "classnames.txt", listing.classes)
+        write_lines(folder / "classnames.txt", listing.classes)
         if config.layout == "evaluation":
             templates = config.templates or (TEMPLATES.get(config.format, ACTION),)
-            _write_lines(folder / "zeroshot_classification_templates.txt", templates)
+            write_lines(folder / "zeroshot_classification_templates.txt", templates)
     if reader.mended:
         report.counts["extensions mended"] = reader.mended
     return report
@@ -110,7 +107,3 @@ def _once(rows: list[Row], report: Report) -> list[Row]:
         else:
             found[row.name] = row
     return list(found.values())
-
-
-def _write_lines(path: Path, lines: "list[str] | tuple[str, ...]") -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

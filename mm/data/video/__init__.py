@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mm.data.decode import MAX_PIXELS, BadSample
+from mm.data.extensions import VIDEO_EXTENSIONS
 from mm.data.video.animation import Animation, is_webp
 from mm.data.video.base import Video
 from mm.data.video.packets import Packets
@@ -28,26 +29,10 @@ __all__ = [
     "open_pictures",
     "open_video",
     "video_bytes",
+    "video_content",
     "video_of",
 ]
 
-VIDEO_EXTENSIONS = (
-    "mp4",
-    "webm",
-    "mkv",
-    "mov",
-    "m4v",
-    "avi",
-    "gif",
-    "webp",
-    "mpg",
-    "mpeg",
-    "ts",
-    "flv",
-    "wmv",
-    "3gp",
-    "ogv",
-)
 FRAME = re.compile(r"\d+\.(jpg|jpeg|png|webp)")
 
 
@@ -97,6 +82,12 @@ def video_bytes(members: Mapping[str, bytes]) -> bytes | list[bytes]:
     if not frames:
         raise BadSample(f"no video among its members ({', '.join(sorted(members))})")
     return [members[name] for name in frames]
+
+
+def video_content(members: Mapping[str, bytes]) -> bytes:
+    """The bytes of the video, which name it; of frames all in a row. Raises BadSample where there is none."""
+    found = video_bytes(members)
+    return found if isinstance(found, bytes) else b"".join(found)
 
 
 def _number(name: str) -> int:

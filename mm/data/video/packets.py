@@ -19,6 +19,7 @@ from mm.data.video.base import MAX_FRAMES, Video, check_cost
 
 # by content, not by extension; the others open further files (concat, hls, dash), devices, or lists of images
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"
+OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
 WITHOUT_KEYS = ("gif",)  # all packets call themselves keyframes, and most show only what has changed
 
 
@@ -93,8 +94,7 @@ class Packets(Video):
         import av
 
         try:
-            options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
-            with av.open(io.BytesIO(self._data), options=options, metadata_errors="ignore") as container:
+            with av.open(io.BytesIO(self._data), options=OPTIONS, metadata_errors="ignore") as container:
                 stream = _video_stream(container)
                 stream.codec_context.thread_count = 1  # a core a worker
                 yield container, stream

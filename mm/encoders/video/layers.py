@@ -4,19 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.encoders.layers import INIT_STD, linear, mlp
 from mm.errors import UserError
-
-INIT_STD = 0.02
-
-
-def linear(inputs: int, outputs: int, *, zero: bool = False) -> nn.Linear:
-    """A linear layer with weights from a truncated normal distribution, or 0, and a bias of 0 at first."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.trunc_normal_(layer.weight, std=INIT_STD)
-    if zero:
-        nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def heads_of(width: int, heads: int | None) -> int:
@@ -77,13 +66,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.attention = Attention(width, heads, dropout)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width),
-            linear(width, 4 * width),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            linear(4 * width, width),
-        )
+        self.mlp = mlp(width, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

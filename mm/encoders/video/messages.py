@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mm.encoders.image import ImageEncoder
+from mm.encoders.layers import linear
 from mm.encoders.video.base import ClipConfig
 from mm.encoders.video.inside import ANYWHERE, InsideEncoder, blocks_of
-from mm.encoders.video.layers import Attention, OverFrames, heads_of, linear
+from mm.encoders.video.layers import Attention, OverFrames, heads_of
 from mm.errors import UserError
 
 

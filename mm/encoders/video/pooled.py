@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.encoders.image import ImageEncoder
+from mm.encoders.layers import linear
 from mm.encoders.video.base import ClipConfig, VideoEncoder
-from mm.encoders.video.layers import LearnedVectors, OverFrames, heads_of, linear
+from mm.encoders.video.layers import LearnedVectors, OverFrames, heads_of
 
 
 class Mean(VideoEncoder):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from mm.encoders import Features
 from mm.encoders.image import ImageEncoder
+from mm.encoders.layers import linear
 from mm.encoders.video.base import ClipConfig, VideoEncoder
-from mm.encoders.video.layers import linear
 from mm.encoders.weights import load_strictly, read_weights, weights_file
 
 BLOCKS = {10: [1, 1, 1, 1], 18: [2, 2, 2, 2], 34: [3, 4, 6, 3]}
