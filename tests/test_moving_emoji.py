@@ -1,5 +1,6 @@
 """mm.data.sources.moving_emoji: motions that go the way their class says, and nothing else that tells the class."""
 
+import colorsys
 import hashlib
 import io
 import json
@@ -132,6 +133,7 @@ def test_motions_go_where_their_names_say(look: Look) -> None:
         ("turning clockwise", "turning anticlockwise"),
         ("going round clockwise", "going round anticlockwise"),
         ("growing", "shrinking"),
+        ("changing from red to green to blue", "changing from blue to green to red"),
     ]
     slide, climb = forward("slide"), forward("climb")
     for before, after in pairwise(slide):
@@ -150,6 +152,13 @@ def test_motions_go_where_their_names_say(look: Look) -> None:
 
     area = drawn(forward("pulse")).sum((1, 2))
     assert (np.diff(area)[:-1] > 0).all() and area[-1] == area[0] < area[-2] / 4
+
+    tint = forward("tint")
+    corner = tint[:, (tint[0, ..., 0] > 150) & (tint[0, ..., 1] < 100)].mean(1)  # red at first
+    hue, saturation, value = np.array([colorsys.rgb_to_hsv(*(color / 255)) for color in corner]).T
+    assert np.allclose(hue[:-1], np.arange(16) / 16, atol=0.01) and hue[-1] == hue[0]
+    assert [corner[k].argmax() for k in (0, 5, 11)] == [0, 1, 2]
+    assert np.ptp(saturation) < 0.02 and np.ptp(value) < 0.02
 
 
 def assert_clockwise(arm: NDArray[np.float64]) -> None:
@@ -207,9 +216,11 @@ def test_files_are_ordinary_videos_with_several_keyframes(container: str, codec:
 # The order, and nothing else, tells the class
 
 
-def test_without_the_order_no_classifier_tells_the_direction(arts: Arts) -> None:
+@pytest.mark.parametrize("motion", ["slide", "tint"])
+def test_without_the_order_no_classifier_tells_the_direction(motion: str, arts: Arts) -> None:
     """A linear classifier on clips of other things, decoded: twins are on the same side."""
-    config = MovingEmojiConfig(motions=("slide",), clips_of_each=1, size=32)
+    in_order = {"slide": shifts, "tint": turns}[motion]
+    config = MovingEmojiConfig(motions=(motion,), clips_of_each=1, size=32)
     things = [thing for thing in emoji_things.read_things().values() if thing.name in arts["twemoji"]]
     clips = list(clips_of(config, things, list(arts.values())))
     views: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
@@ -219,7 +230,7 @@ def test_without_the_order_no_classifier_tells_the_direction(arts: Arts) -> None
         views["bag"].append(np.concatenate([small.mean(0), small.std(0)]).ravel())
         for index in (0, 3, 8, 13, 16):
             views[f"frame {index}"].append(small[index].ravel())
-        views["order"].append(shifts(frames, clip))
+        views["order"].append(in_order(frames, clip))
     labels = np.array([clip.direction for clip in clips])
     half = len(clips) // 4 * 2  # of the things
     accuracy = {}
@@ -239,6 +250,13 @@ def shifts(frames: Frames, clip: Clip) -> NDArray[np.float64]:
     columns = np.fft.fft(np.abs(frames.astype(float) - clip.look.background).sum((1, 3)), axis=1)
     common = np.fft.ifft(columns[:-1].conj() * columns[1:], axis=1).real.mean(0)
     return common / common.max()
+
+
+def turns(frames: Frames, clip: Clip) -> NDArray[np.float64]:
+    """How far the hue of each part of the picture turns from each frame to the next, on average."""
+    small = frames.reshape(17, 4, 8, 4, 8, 3).mean((2, 4))
+    hue = small @ np.exp(2j * np.pi * np.arange(3) / 3)
+    return np.angle(hue[1:] * hue[:-1].conj()).mean(0).ravel()
 
 
 def test_the_first_frame_is_equally_likely_to_be_any() -> None:
@@ -369,7 +387,7 @@ def test_same_options_give_the_same_bytes_and_seeds_change_what_they_say(made: P
 def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     for options, said in (
         ({"artist": "twemoji"}, "test_artist=twemoji is the artist of the other sets"),
-        ({"motions": ["turn", "turn"]}, "one or more of slide, climb, turn, orbit, pulse, each once"),
+        ({"motions": ["turn", "turn"]}, "one or more of slide, climb, turn, orbit, pulse, tint, each once"),
         ({"motions": ["spin"]}, "slide"),
         ({"size": 97}, "multiple of 2"),
         (

@@ -1,4 +1,5 @@
-"""Motions that come back to where they began: which of two directions one takes is in the order of its frames alone.
+"""Motions, and a change of colours, that come back to where they began: which of two directions one takes is in the
+order of its frames alone.
 
 Each frame of a cycle is equally likely to be the first, and the last is the first again: backwards, a clip has the
 same frames, begins with the same one and ends with the same one, as often as any other.
@@ -112,6 +113,15 @@ def _pulse(drawing: Image.Image, look: Look, size: int, steps: int) -> Iterator[
         yield _pasted(tile, size, place, look)
 
 
+def _tint(drawing: Image.Image, look: Look, size: int, steps: int) -> Iterator[Image.Image]:
+    tile = _scaled(drawing, look.side * size)
+    picture = _pasted(tile, size, _room(look, size, tile.width, tile.height), look)
+    hue, *others = picture.convert("HSV").split()
+    for k in range(steps):
+        turned = Image.fromarray(np.asarray(hue) + np.uint8(round(256 * k / steps)))  # 255 and 0 are neighbours
+        yield Image.merge("HSV", (turned, *others)).convert("RGB")
+
+
 def _scaled(drawing: Image.Image, side: float) -> Image.Image:
     """The longer side becomes `side` pixels."""
     scale = side / max(drawing.size)
@@ -136,4 +146,5 @@ MOTIONS: dict[str, Motion] = {
     "turn": Motion("turning clockwise", "turning anticlockwise", _turn),
     "orbit": Motion("going round clockwise", "going round anticlockwise", _orbit),
     "pulse": Motion("growing", "shrinking", _pulse),
+    "tint": Motion("changing from red to green to blue", "changing from blue to green to red", _tint),
 }

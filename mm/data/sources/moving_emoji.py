@@ -1,4 +1,5 @@
-"""Clips of one emoji that moves, turns or grows on a plain background: the class is in the order of the frames alone.
+"""Clips of one emoji that moves, turns, grows or changes its colours on a plain background: the class is in the order of
+the frames alone.
 
 Every clip has a twin of the other direction: the very same frames, backwards. Motions close, so that both begin and end
 with the same frame (see motions): who does not see the order cannot tell twins apart. Training shows drawings by one
@@ -47,15 +48,17 @@ class MovingEmojiConfig(SourceConfig):
     """Artist of the drawings of `train` and `val`."""
     test_artist: Literal["openmoji", "twemoji"] = "twemoji"
     """Artist of the drawings of `test` and `test_reversed`."""
-    motions: tuple[Literal["slide", "climb", "turn", "orbit", "pulse"], ...] = (
+    motions: tuple[Literal["slide", "climb", "turn", "orbit", "pulse", "tint"], ...] = (
         "slide",
         "climb",
         "turn",
         "orbit",
         "pulse",
+        "tint",
     )
     """Motions, of two classes each: moving right and left, moving up and down, turning clockwise and anticlockwise,
-    going round a circle clockwise and anticlockwise, growing and shrinking.
+    going round a circle clockwise and anticlockwise, growing and shrinking, all colours changing from red to green to
+    blue and back.
     """
     clips_of_each: int = Field(4, ge=1)
     """Clips of each thing, motion and direction."""
