@@ -7,7 +7,7 @@ from torch import nn
 
 from mm import distributed
 from mm.encoders.video import VideoConfig, build_video_encoder
-from mm.encoders.video.layers import LearnedVectors, heads_of
+from mm.encoders.video.layers import LearnedVectors, OverFrames, heads_of
 from mm.encoders.video.shift import shifted
 from mm.engine import Engine, EngineConfig
 from mm.optim import OptimConfig, parameter_groups
@@ -223,6 +223,40 @@ def test_each_learns_which_way_a_clip_runs(kind, tmp_path):
         loss.backward()
         optimizer.step()
     assert (loss < 0.1) == (kind != "mean")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_what_features_say_is_learnt_from_few_clips(seed):
+    """A phase that grows or shrinks from any first one on: no frame and no sum over frames tells which."""
+    torch.manual_seed(seed)
+    width, frames, batch = 96, 8, 32
+    over_frames = OverFrames(width, frames=frames, width=None, layers=2, heads=None, dropout=0.0)
+    head = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 2))
+    weights = [*over_frames.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3)
+    shown, looks = (
+        torch.randn(2, width),
+        torch.randn(4, width) / 2,
+    )  # what clips have in common, and their own looks
+
+    def clips(count):
+        directions = torch.randint(2, (count,))
+        phases = (
+            2
+            * torch.pi
+            * (torch.rand(count, 1) + (2 * directions - 1)[:, None] * torch.arange(frames) / frames)
+        )
+        own = torch.randn(count, 1, 4) @ looks
+        return torch.stack([phases.cos(), phases.sin()], 2) @ shown + own, directions
+
+    for _ in range(100):
+        x, directions = clips(batch)
+        optimizer.zero_grad()
+        F.cross_entropy(head(over_frames(x).mean(1)), directions).backward()
+        optimizer.step()
+    x, directions = clips(400)
+    with torch.no_grad():
+        assert (head(over_frames(x).mean(1)).argmax(1) == directions).float().mean() > 0.95
 
 
 class AllKinds(nn.Module):

@@ -16,6 +16,7 @@ from eval.bench import (
     open_clip_parity,
     overhead,
     step_speed,
+    video,
     video_decode,
 )
 from eval.bench.measure import table
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
     rows += coverage.measure(coverage.CoverageConfig())
     rows += mixing.measure(mixing.MixingConfig())
     rows += video_decode.measure(video_decode.VideoDecodeConfig())
+    rows += video.measure(video.VideoBenchConfig())
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(table(rows))
 

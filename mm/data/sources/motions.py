@@ -118,7 +118,9 @@ def _tint(drawing: Image.Image, look: Look, size: int, steps: int) -> Iterator[I
     picture = _pasted(tile, size, _room(look, size, tile.width, tile.height), look)
     hue, *others = picture.convert("HSV").split()
     for k in range(steps):
-        turned = Image.fromarray(np.asarray(hue) + np.uint8(round(256 * k / steps)))  # 255 and 0 are neighbours
+        turned = Image.fromarray(
+            np.asarray(hue) + np.uint8(round(256 * k / steps))
+        )  # 255 and 0 are neighbours
         yield Image.merge("HSV", (turned, *others)).convert("RGB")
 
 

@@ -73,7 +73,7 @@ class _Messages(nn.Module):
 
     def __init__(self, width: int, heads: int | None, dropout: float) -> None:
         super().__init__()
-        self.make = linear(width, width)
+        self.make = linear(width, width, fan_in=True)
         self.attention = Attention(width, heads_of(width, heads), dropout)
 
     def forward(self, class_tokens: Tensor) -> Tensor:

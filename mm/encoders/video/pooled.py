@@ -43,7 +43,7 @@ class AttentionPooling(VideoEncoder):
         self.heads = heads_of(width, heads)
         self.dropout = dropout
         self.query = LearnedVectors(1, width)
-        self.key_value = nn.Sequential(nn.LayerNorm(self.width), linear(self.width, 2 * width))
+        self.key_value = nn.Sequential(nn.LayerNorm(self.width), linear(self.width, 2 * width, fan_in=True))
         self.out = linear(width, self.width, zero=True)
 
     def _join(self, frames: Tensor) -> tuple[Tensor, Tensor]:
