@@ -97,7 +97,7 @@ def test_two_ranks_are_one_process(root, tmp_path):
         f"sets={{test: {{kind: classification, video: {{}}, {look}}}}}",
     )  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
-    finish(program(*arguments(root, one, *more)))
+    finetune.main(arguments(root, one, *more))
     finish(program(*arguments(root, two, *more), ranks=2))
     before, after = losses(one), losses(two)
     assert max(abs(before[step] - after[step]) for step in before) < 1e-4
