@@ -234,18 +234,12 @@ def test_the_order_of_what_features_say_is_learnt_from_few_clips(seed):
     head = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 2))
     weights = [*over_frames.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=1e-3)
-    shown, looks = (
-        torch.randn(2, width),
-        torch.randn(4, width) / 2,
-    )  # what clips have in common, and their own looks
+    shown, looks = torch.randn(2, width), torch.randn(4, width) / 2  # of phases; of clips
 
     def clips(count):
         directions = torch.randint(2, (count,))
-        phases = (
-            2
-            * torch.pi
-            * (torch.rand(count, 1) + (2 * directions - 1)[:, None] * torch.arange(frames) / frames)
-        )
+        turns = torch.rand(count, 1) + (2 * directions - 1)[:, None] * torch.arange(frames) / frames
+        phases = 2 * torch.pi * turns
         own = torch.randn(count, 1, 4) @ looks
         return torch.stack([phases.cos(), phases.sin()], 2) @ shown + own, directions
 

@@ -43,13 +43,8 @@ ORDER = (
     f"towers={{image: {SMALL_VIT}, text: {SMALL_BERT}, dim: 64}}",
     "samples=6_400",
 )
-SLOW = ("samples=1_600", "checkpoint.every=1_600", "optim.warmup=320")
+R2PLUS1D = ("video.depth=10", "samples=1_600", "checkpoint.every=1_600", "optim.warmup=320")
 LOCKED = ("image={lock: true}",)
-OF_KIND = {
-    ("slide", "r2plus1d"): SLOW,
-    ("tint", "r2plus1d"): SLOW,
-    **{("tint", kind): LOCKED for kind in KINDS if kind not in ("shift", "r2plus1d")},
-}
 ACTIONS = (
     "make={source: fluent_anim, folder: data/fluent_anim}",
     "data={shards: data/fluent_anim/train, lanes: 8}",
@@ -123,9 +118,14 @@ def order(motion: str, kind: str, seed: int) -> Order:
         f"make={{source: moving_emoji, folder: {folder}, options: {made}}}",
         f"data.shards={folder}/train",
         f"sets={{test: {{video: {{}}, {look}}}, reversed: {{video: {{reversed: true}}, {look}}}}}",
-        f"video={{kind: {kind}, frames: 8{', depth: 10' if kind == 'r2plus1d' else ''}}}",
+        f"video={{kind: {kind}, frames: 8}}",
     )
-    figures = trained(f"{motion}_{kind}_{seed}", seed, *ORDER, *words, *OF_KIND.get((motion, kind), ()))
+    own: tuple[str, ...] = ()
+    if kind == "r2plus1d":
+        own = R2PLUS1D
+    elif motion == "tint" and kind != "shift":
+        own = LOCKED
+    figures = trained(f"{motion}_{kind}_{seed}", seed, *ORDER, *words, *own)
     return Order(figures["test"]["accuracy"], figures["reversed"]["accuracy"])
 
 

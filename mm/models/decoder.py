@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mm import distributed
 from mm.config import Config
-from mm.encoders.layers import linear
+from mm.encoders.layers import INIT_STD, linear
 from mm.errors import UserError
 from mm.fusion.layers import full
 
@@ -83,7 +83,7 @@ class TextDecoder(nn.Module):
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
         self.words = Words(vocabulary, width)
         self.positions = nn.Embedding(length + 1, width)  # the first token is not generated
-        nn.init.trunc_normal_(self.positions.weight, std=0.02)
+        nn.init.trunc_normal_(self.positions.weight, std=INIT_STD)
         self.memory_norm = nn.LayerNorm(memory_width)
         self.layers = nn.ModuleList(Layer(width, memory_width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
@@ -91,7 +91,7 @@ class TextDecoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         for name, parameter in self.named_parameters():
             if name.endswith("out.weight"):  # as many are added up as there are residual branches (GPT-2)
-                nn.init.trunc_normal_(parameter, std=0.02 * (3 * layers) ** -0.5)
+                nn.init.trunc_normal_(parameter, std=INIT_STD * (3 * layers) ** -0.5)
         self.spec: dict[str, Any] = {
             "vocabulary": vocabulary,
             "memory_width": memory_width,
@@ -170,7 +170,7 @@ class Words(nn.Embedding):
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__(vocabulary, width)
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.trunc_normal_(self.weight, std=INIT_STD)
 
     def forward(self, x: Tensor) -> Tensor:
         """Of ids (...) their embeddings, of vectors (..., width) the logits (..., vocabulary)."""

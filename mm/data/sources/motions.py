@@ -8,11 +8,13 @@ same frames, begins with the same one and ends with the same one, as often as an
 import math
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+Name = Literal["slide", "climb", "turn", "orbit", "pulse", "tint"]
 
 SMALLEST, LARGEST = 0.4, 0.6  # longer side of a drawing, of the side of the picture
 SHRUNK = 0.4  # a pulse begins at this part of its largest size
@@ -44,7 +46,7 @@ def draw_look(background: tuple[int, int, int], rng: Random) -> Look:
 
 
 def render(
-    drawing: Image.Image, motion: str, look: Look, phase: int, direction: int, size: int, frames: int
+    drawing: Image.Image, motion: Name, look: Look, phase: int, direction: int, size: int, frames: int
 ) -> NDArray[np.uint8]:
     """The frames of a clip (T, H, W, 3); of the other direction they are the same ones from the last to the first.
 
@@ -61,7 +63,7 @@ def render(
     return pictures[(phase + direction * np.arange(frames)) % (frames - 1)]
 
 
-def cycle(drawing: Image.Image, motion: str, look: Look, size: int, steps: int) -> NDArray[np.uint8]:
+def cycle(drawing: Image.Image, motion: Name, look: Look, size: int, steps: int) -> NDArray[np.uint8]:
     """All pictures of a cycle, forward: (steps, H, W, 3)."""
     return np.stack([np.asarray(picture) for picture in MOTIONS[motion].cycle(drawing, look, size, steps)])
 
@@ -78,8 +80,7 @@ def _wrapped(
     drawing: Image.Image, look: Look, size: int, shifts: list[tuple[int, int]]
 ) -> Iterator[Image.Image]:
     """The picture moved to the right and down by so many pixels; what leaves it on one side enters on the other."""
-    tile = _scaled(drawing, look.side * size)
-    picture = np.asarray(_pasted(tile, size, _room(look, size, tile.width, tile.height), look))
+    picture = np.asarray(_still(drawing, look, size))
     for right, down in shifts:
         yield Image.fromarray(np.roll(picture, (down, right), (0, 1)))
 
@@ -114,14 +115,17 @@ def _pulse(drawing: Image.Image, look: Look, size: int, steps: int) -> Iterator[
 
 
 def _tint(drawing: Image.Image, look: Look, size: int, steps: int) -> Iterator[Image.Image]:
-    tile = _scaled(drawing, look.side * size)
-    picture = _pasted(tile, size, _room(look, size, tile.width, tile.height), look)
-    hue, *others = picture.convert("HSV").split()
+    hue, *others = _still(drawing, look, size).convert("HSV").split()
     for k in range(steps):
-        turned = Image.fromarray(
-            np.asarray(hue) + np.uint8(round(256 * k / steps))
-        )  # 255 and 0 are neighbours
+        # as unsigned bytes: 255 and 0 are neighbours
+        turned = Image.fromarray(np.asarray(hue) + np.uint8(round(256 * k / steps)))
         yield Image.merge("HSV", (turned, *others)).convert("RGB")
+
+
+def _still(drawing: Image.Image, look: Look, size: int) -> Image.Image:
+    """The drawing in its place."""
+    tile = _scaled(drawing, look.side * size)
+    return _pasted(tile, size, _room(look, size, tile.width, tile.height), look)
 
 
 def _scaled(drawing: Image.Image, side: float) -> Image.Image:
@@ -142,7 +146,7 @@ def _pasted(tile: Image.Image, size: int, place: tuple[float, float], look: Look
     return picture
 
 
-MOTIONS: dict[str, Motion] = {
+MOTIONS: dict[Name, Motion] = {
     "slide": Motion("moving right", "moving left", _slide),
     "climb": Motion("moving up", "moving down", _climb),
     "turn": Motion("turning clockwise", "turning anticlockwise", _turn),

@@ -23,7 +23,7 @@ from mm.data.sources import emoji, emoji_things
 from mm.data.sources.asking import with_article
 from mm.data.sources.canvas import Art, Thing, arrange
 from mm.data.sources.images import write_shards, write_test_shard
-from mm.data.sources.motions import MOTIONS, Look, draw_look, render
+from mm.data.sources.motions import MOTIONS, Look, Name, draw_look, render
 from mm.data.sources.output import Report, SourceConfig, by_hash, fraction, progress
 from mm.errors import UserError
 
@@ -48,14 +48,7 @@ class MovingEmojiConfig(SourceConfig):
     """Artist of the drawings of `train` and `val`."""
     test_artist: Literal["openmoji", "twemoji"] = "twemoji"
     """Artist of the drawings of `test` and `test_reversed`."""
-    motions: tuple[Literal["slide", "climb", "turn", "orbit", "pulse", "tint"], ...] = (
-        "slide",
-        "climb",
-        "turn",
-        "orbit",
-        "pulse",
-        "tint",
-    )
+    motions: tuple[Name, ...] = tuple(MOTIONS)
     """Motions, of two classes each: moving right and left, moving up and down, turning clockwise and anticlockwise,
     going round a circle clockwise and anticlockwise, growing and shrinking, all colours changing from red to green to
     blue and back.
@@ -95,7 +88,7 @@ class Clip(NamedTuple):
     pair: str
     """Names the clip and its twin."""
     thing: str
-    motion: str
+    motion: Name
     direction: int
     """1 or -1."""
     phase: int
@@ -165,7 +158,7 @@ def split(concepts: Mapping[str, Thing], config: MovingEmojiConfig) -> dict[str,
     return parts
 
 
-def class_names(motions: Sequence[str]) -> list[str]:
+def class_names(motions: Sequence[Name]) -> list[str]:
     """Two of each motion, in the order of their numbers."""
     return [name for motion in motions for name in (MOTIONS[motion].forward, MOTIONS[motion].backward)]
 
