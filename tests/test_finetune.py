@@ -132,14 +132,14 @@ def test_a_killed_run_ends_with_the_very_weights(whole, root, tmp_path):
 
 def test_two_ranks_are_one_process_and_either_goes_on_with_the_other(root, tmp_path):
     two = tmp_path / "two"
-    short = ["evaluate={}", "sets={}", "task.fusion.dropout=0"]  # dropout is drawn for each rank
-    finetune.main(vqa(root, tmp_path / "one", *short))
-    finish(program(*vqa(root, two, *short, "engine.zero_stage=3", "engine.persist_below=0"), ranks=2))
+    dropout = "task.fusion.dropout=0"  # which is drawn for each rank
+    finetune.main(vqa(root, tmp_path / "one", dropout))
+    finish(program(*vqa(root, two, dropout, "engine.zero_stage=3", "engine.persist_below=0"), ranks=2))
     before, after = losses(tmp_path / "one"), losses(two)
     assert max(abs(before[step] - after[step]) for step in before) < 1e-4
     for later in sorted((two / "checkpoints").glob("step_*"))[1:]:
         shutil.rmtree(later)
-    assert "goes on from step" in finish(program(*vqa(root, two, *short)))
+    assert "goes on from step" in finish(program(*vqa(root, two, dropout)))
     mixed = losses(two)
     assert max(abs(before[step] - mixed[step]) for step in before) < 1e-4
 
