@@ -269,6 +269,32 @@ def test_page_of_a_run_killed_at_any_line(tmp_path):
         read(run)
 
 
+@pytest.mark.parametrize(
+    ("task", "calls"),
+    [
+        ("", 'model.encode_image([Image.open("photo.jpg")])'),
+        ("task: {kind: retrieval, reads: image}", 'model.encode_image([Image.open("photo.jpg")])'),
+        ("task: {kind: retrieval, reads: video}", 'model.encode_video(["clip.mp4"])'),
+        ("task: {kind: classification, reads: image}", 'model.classify([Image.open("photo.jpg")])'),
+        ("task: {kind: classification, reads: video}", 'model.classify(["clip.mp4"])'),
+        ("task: {kind: classification, reads: video, objective: text}", 'model.encode_video(["clip.mp4"])'),
+        ("task: {kind: vqa, modalities: [image, text]}", 'model.answer([Image.open("photo.jpg")], ['),
+        ("task: {kind: vqa, modalities: [video, text]}", 'model.answer(["clip.mp4"], ['),
+        ("task: {kind: open_vqa}", 'model.answer([Image.open("photo.jpg")], ['),
+        ("task: {kind: captioning}", 'model.caption([Image.open("photo.jpg")])'),
+        ("task: {kind: entailment}", 'model.entail([Image.open("photo.jpg")], [Image.open("other.jpg")], ['),
+        ("task: 7", 'model.encode_image([Image.open("photo.jpg")])'),
+        ("task: {kind: [vqa], modalities: 7}", 'model.encode_image([Image.open("photo.jpg")])'),
+    ],
+)
+def test_how_to_use_the_model_and_go_on_is_said_by_its_task(task, calls, tmp_path):
+    _, page = read(make_run(tmp_path / "run", lines(10), f"samples: 240\n{task}\n"))
+    assert calls in page.text
+    assert ("from PIL import Image" in page.text) == ("Image.open" in calls)
+    trained, other = ("train.finetune", "train.pretrain")[:: 1 if task else -1]
+    assert f"python -m {trained} " in page.text and f"python -m {other} " not in page.text
+
+
 def test_numbers_that_are_none_are_left_out(tmp_path):
     events = lines(10)
     for event, value in zip(

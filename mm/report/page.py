@@ -224,22 +224,43 @@ def _keys(curves: Sequence[Curve], chance: bool = False) -> str:
 
 def _next(run: Path, history: History) -> str:
     where = escape(str(history.config.get("out") or run))
+    program = "train.finetune" if "task" in history.config else "train.pretrain"
+    call = _call(history.config.get("task"))
+    pillow = "from PIL import Image\n" if "Image." in call else ""
     load = f"""import mm
-from PIL import Image
-
+{pillow}
 model = mm.load("{where}")
-images = model.encode_image([Image.open("photo.jpg")])
-texts = model.encode_text(["a red apple", "a green pear"])
-print(images @ texts.T)  # cosines"""
+{call}"""
     commands = f"""# evaluate on other sets
 python -m eval.suite CONFIG model={where}
 # go on where it stopped; or the same run again in another folder
-python -m train.pretrain {where}/config.yaml
-python -m train.pretrain {where}/config.yaml out=NEW
+python -m {program} {where}/config.yaml
+python -m {program} {where}/config.yaml out=NEW
 # look at it live; write this page again
 tensorboard --logdir {where}
 mm report {where}"""
     return f"<h2>Use it</h2><pre>{load}</pre><pre>{commands}</pre>"
+
+
+def _call(task: Any) -> str:
+    """How to ask a model what it was trained for; task: of a fine-tuning run's config, else None."""
+    task = task if isinstance(task, dict) else {}
+    video = task.get("reads") == "video" or "video" in str(task.get("modalities"))
+    one = '"clip.mp4"' if video else 'Image.open("photo.jpg")'
+    match task.get("kind"):
+        case "classification" if task.get("objective") != "text":
+            return f"print(model.classify([{one}]))  # probabilities of the classes"
+        case "vqa" | "open_vqa":
+            return f'print(model.answer([{one}], ["what is this?"]))'
+        case "captioning":
+            return f"print(model.caption([{one}]))"
+        case "entailment":
+            return (
+                f'print(model.entail([{one}], [Image.open("other.jpg")], ["both show a dog"]))  # probability'
+            )
+    return f"""seen = model.encode_{"video" if video else "image"}([{one}])
+texts = model.encode_text(["a red apple", "a green pear"])
+print(seen @ texts.T)  # cosines"""
 
 
 def _about(history: History) -> str:
