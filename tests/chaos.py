@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.dist import alone
+
 ROOT = Path(__file__).parent.parent
 BATCH = 16  # samples a step
 FULL = os.environ.get("MM_CHAOS") == "1"
@@ -38,7 +40,7 @@ class Nursery:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.chaos_run", "--nursery"],
             cwd=ROOT,
-            env=os.environ | env,
+            env=alone() | env,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
