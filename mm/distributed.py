@@ -149,6 +149,31 @@ def broadcast_object(value: Any) -> Any:
     return _decode(data)
 
 
+def broadcast(x: Tensor | None) -> Tensor:
+    """The fp32 tensor that rank 0 gave, on every rank's device."""
+    shape = broadcast_object(None if x is None else list(x.shape))
+    if rank() == 0:
+        assert x is not None and x.dtype == torch.float32
+        x = x.to(device()).contiguous()
+    else:
+        x = torch.empty(shape, device=device())
+    if world_size() > 1:
+        dist.broadcast(x, src=0)
+    return x
+
+
+def from_main(action: Callable[[], Any]) -> Any:
+    """What an action gives on rank 0, a JSON value, on every rank; its UserError is raised on all. Collective."""
+    result: Any = None
+
+    def act() -> None:
+        nonlocal result
+        result = action()
+
+    on_main(act)
+    return broadcast_object(result)
+
+
 def on_main(action: Callable[[], object]) -> None:
     """Do something on rank 0 while the others wait; its UserError is raised on all ranks. Collective."""
     trouble = None

@@ -232,6 +232,6 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(monkeypatch, tmp_path):
         broken.chmod(0o755)
         with pytest.raises(UserError, match=r"Java failed.*no memory"):
             metrics.caption_scores(*pairs, "ptb")
-    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu_scorer", None)
     with pytest.raises(UserError, match=r"pip install 'mm\[caption\]'"):
         metrics.caption_scores(*pairs)

@@ -274,7 +274,7 @@ def test_names_and_templates_can_be_given(folder, tmp_path):
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"classnames": ("a", "b")}, "class 6, but there are 2 class names"),
+    ({"classnames": ("a", "b")}, r"class \d, but there are 2 class names"),
     ({"templates": ("a photo",)}, "no place for the class name"),
     ({"classnames": "nowhere.txt"}, "nowhere.txt cannot be read"),
     ({"data": "nowhere"}, "nowhere"),

@@ -12,6 +12,7 @@ from mm.evaluators.classification import ClassificationConfig, classification
 from mm.evaluators.embedding import Embedder, embedding
 from mm.evaluators.entailment import EntailmentConfig, entailment
 from mm.evaluators.loss import LossConfig, loss
+from mm.evaluators.outcome import Outcome
 from mm.evaluators.passes import ViewsConfig, open_set
 from mm.evaluators.retrieval import KS, Ranking, RetrievalConfig, retrieval, retrieve
 from mm.evaluators.task import TaskConfig, task
@@ -27,12 +28,14 @@ __all__ = [
     "ClassificationConfig",
     "EvaluatorConfig",
     "LossConfig",
+    "Outcome",
     "Ranking",
     "RetrievalConfig",
     "ViewsConfig",
     "VqaConfig",
     "evaluate",
     "open_set",
+    "outcome",
     "retrieve",
 ]
 
@@ -47,7 +50,7 @@ EvaluatorConfig = Annotated[
     Field(discriminator="kind"),
 ]
 
-EVALUATORS: dict[str, Callable[[Embedder, Any], dict[str, float]]] = {
+EVALUATORS: dict[str, Callable[[Embedder, Any], Outcome]] = {
     "classification": classification,
     "retrieval": retrieval,
     "loss": loss,
@@ -58,7 +61,15 @@ EVALUATORS: dict[str, Callable[[Embedder, Any], dict[str, float]]] = {
 }
 
 FIGURES: dict[str, tuple[str, ...]] = {
-    "classification": ("accuracy", "accuracy@5", "mean_per_class"),
+    "classification": (
+        "accuracy",
+        "accuracy@5",
+        "mean_per_class",
+        "f1_macro",
+        "mean_average_precision",
+        "worst_group",
+        "worst_group@5",
+    ),
     "retrieval": tuple(
         f"{way}_recall@{k}{how}"
         for how in ("", "_reranked")
@@ -88,4 +99,9 @@ def evaluate(
     Raises: UserError: a set is missing, empty, or does not fit its class names or the model's heads.
     """
     with embedding(model, tasks) as embed:
-        return {name: EVALUATORS[config.kind](embed, config) for name, config in sets.items()}
+        return {name: outcome(embed, config).figures for name, config in sets.items()}
+
+
+def outcome(embed: Embedder, config: EvaluatorConfig) -> Outcome:
+    """What an evaluation of a set found, with what it rests on. Collective; errors as `evaluate`."""
+    return EVALUATORS[config.kind](embed, config)

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from mm import metrics
 from mm.evaluators.embedding import Embedder, EverythingReading
+from mm.evaluators.outcome import MANY, Outcome, by_key, content_hash, totals
 from mm.evaluators.passes import Facts, SetConfig, open_set, pass_over, usable
+from mm.metrics.bootstrap import sampled
 from mm.models.generation import generate
 from mm.models.heads import WritingHead
 
@@ -25,7 +27,7 @@ class CaptioningConfig(SetConfig):
     """How captions are cut into words: plain follows the Penn Treebank's rules; ptb is the official program (Java)."""
 
 
-def captioning(embed: Embedder, config: CaptioningConfig) -> dict[str, float]:
+def captioning(embed: Embedder, config: CaptioningConfig) -> Outcome:
     """Figures: bleu@1 to bleu@4 and cider of the whole set; words, on average; samples, bad."""
     head = embed.head(WritingHead, config.head)
     tokenizer = embed.towers.text.tokenizer
@@ -41,9 +43,13 @@ def captioning(embed: Embedder, config: CaptioningConfig) -> dict[str, float]:
     _, facts = pass_over(config, open_set(config), EverythingReading(embed.transform()), compute)
     good = usable(facts, "captions")
     written = [facts[i]["written"] for i in good]
-    scores = metrics.caption_scores(written, [facts[i]["captions"] for i in good], config.tokenizer)
-    return scores | {
-        "words": sum(len(text.split()) for text in written) / len(written),
-        "samples": len(good),
-        "bad": len(facts) - len(good),
-    }
+    scores = metrics.caption_counts(written, [facts[i]["captions"] for i in good], config.tokenizer)
+    used = [facts[i] for i in good]
+    return Outcome(
+        {f"bleu@{n}": one for n, one in enumerate(metrics.bleu(scores), 1)}
+        | {"cider": sampled("mean", scores.cider)},
+        by_key(used),
+        {"words": sum(len(text.split()) for text in written) / len(written)} | totals(facts, good),
+        content_hash(used, "captions"),
+        {"written": [{"key": fact["key"], "caption": fact["written"]} for fact in used[:MANY]]},
+    )

@@ -1,22 +1,47 @@
 """Classification of images and videos: the class whose prompts are nearest (zero-shot; CLIP, Radford et al. 2021), or
 the one that a head names."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mm import metrics, zeroshot
+from mm.data.fields import FIELD
 from mm.data.lines import read_lines
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder, EverythingReading, mean_of_views
+from mm.evaluators.labels import class_numbers, group_names, objective, targets
+from mm.evaluators.outcome import Outcome, by_key, content_hash
 from mm.evaluators.passes import Facts, SetConfig, ViewsConfig, beside, open_set, pass_over, usable
+from mm.evaluators.tables import answers, multi_label, single_label
 from mm.models.fused import CLIPS
 from mm.models.heads import ClassHead
 
+MULTILABEL = "multilabel"  # as CLIP_benchmark writes it into dataset_type.txt
 
-class ClassificationConfig(SetConfig):
+
+class NamesConfig(SetConfig):
+    """Classes that are named by words."""
+
+    classnames: Path | tuple[str, ...] | None = None
+    """Names of the classes in the order of their numbers, or a file with one a line; null: the set's
+    classnames.txt.
+    """
+    templates: Path | tuple[str, ...] | None = None
+    """Prompts with `{}` or `{c}` for the name, or a file with one a line; null: the set's
+    zeroshot_classification_templates.txt, or else the name alone."""
+    label: str = Field("cls", pattern=rf"^({FIELD})$")
+    """Where the class of a sample stands: `cls`, `npy:2` (a column of its `.npy`), `json:NAME` (a number, or the
+    name of a class)."""
+    objective: str | None = None
+    """Of lines such as `race:White`, those of this kind alone are the class names and the templates (FairFace)."""
+
+
+class ClassificationConfig(NamesConfig):
     """Images or videos with a class number in `.cls`, named by words."""
 
     kind: Literal["classification"] = "classification"
@@ -25,60 +50,91 @@ class ClassificationConfig(SetConfig):
     """A classification head of the model; null: zero-shot, by the class names."""
     video: ViewsConfig | None = None
     """The samples are videos, looked at like this ({}: once); null: images."""
-    classnames: Path | tuple[str, ...] | None = None
-    """Names of the classes in the order of their numbers, or a file with one a line; null: the set's
-    classnames.txt.
-    """
-    templates: Path | tuple[str, ...] | None = None
-    """Prompts with `{}` or `{c}` for the name, or a file with one a line; null: the set's
-    zeroshot_classification_templates.txt, or else the name alone."""
+    labels: Literal["auto", "single", "multi"] = "auto"
+    """`multi`: an image shows any number of classes, `.npy` holds a 0 or 1 for each; `auto`: as the set's
+    dataset_type.txt says, else single."""
+    groups: tuple[str, ...] = ()
+    """Fairness: fields (`npy:0`, `json:NAME`) whose values together name the group of a sample; the figures then have
+    the worst group and the gap to the best, and the details all groups."""
+    group_names: tuple[str, ...] = ()
+    """What the numbers of the one field of `groups` mean, for the reader."""
+    ignore_groups: tuple[str, ...] = ()
+    """Groups that no figure is made of (FMoW: the region Other)."""
 
 
-def classification(embed: Embedder, config: ClassificationConfig) -> dict[str, float]:
-    """Figures: accuracy, accuracy@5 (where there are more than 5 classes), mean_per_class; the standard error
-    of the accuracy; chance (1 / classes) and majority (the share of the commonest class); classes, samples,
-    bad.
+class Judged(NamedTuple):
+    """Logits of samples that can be used."""
+
+    logits: Callable[[], Iterator[Tensor]]
+    """(N, C) in pieces: cosines times the model's factor, or the head's logits."""
+    facts: list[Facts]
+    bad: int
+    names: list[str]
+
+
+def classification(embed: Embedder, config: ClassificationConfig) -> Outcome:
+    """Figures: accuracy, accuracy@5 (where there are at least 5 classes), mean_per_class, f1_macro, ece; with groups
+    worst_group and group_gap (and of the top 5, `..@5`); of several labels an image mean_average_precision. Beside
+    them chance (of the accuracy 1 / classes; of the mean average precision the mean share of positives), majority (the
+    share of the commonest class); classes, samples, bad.
+
+    Details: per_class, confusions, calibration, groups, mistakes.
     """
-    given = config.classnames is not None or beside(config, "classnames.txt") is not None
-    names = _lines(config, config.classnames, "classnames.txt") if given else []
-    if config.head is None:
-        if not names:
-            raise UserError(f"no class names: give `classnames`, or put a classnames.txt into {config.data}")
-        image, facts, bad = embed.images(config, config.video).usable("label")
-        templates = _lines(config, config.templates, "zeroshot_classification_templates.txt") or ["{}"]
-        weights = zeroshot.classifier(names, templates, lambda texts: embed.texts(texts, config.batch))
+    multi = config.labels == "multi" or (config.labels == "auto" and dataset_type(config) == MULTILABEL)
+    judged = _by_words(embed, config, multi) if config.head is None else _by_head(embed, config)
+    data = content_hash(judged.facts, "label", "npy" if multi or ":" in config.label else "label")
+    if multi:
+        truth = targets(judged.facts, len(judged.names))
+        found = multi_label(torch.cat(list(judged.logits())), truth, judged.names)
     else:
-        image, weights, facts, bad, names = _by_head(embed, config, names)
-    labels = torch.tensor([fact["label"] for fact in facts], device=image.device)
-    if int(labels.max()) >= len(names):
-        key = facts[int(labels.argmax())]["key"]
-        raise UserError(
-            f"sample {key} has class {int(labels.max())}, but there are {len(names)} class names (from 0)"
-        )
-    hits = {
-        k: metrics.classification_hits(image, weights, labels, k) for k in (1, 5) if k == 1 or len(names) > k
-    }
-    figures = {"accuracy": metrics.share(hits[1]), "accuracy_error": metrics.standard_error(hits[1])}
-    if 5 in hits:
-        figures["accuracy@5"] = metrics.share(hits[5])
-        figures["accuracy@5_error"] = metrics.standard_error(hits[5])
-    return figures | {
-        "mean_per_class": metrics.mean_per_class(hits[1], labels),
-        "chance": 1 / len(names),
-        "majority": int(labels.bincount().max()) / len(labels),
-        "classes": len(names),
-        "samples": len(labels),
-        "bad": bad,
-    }
+        labels = class_numbers(judged.facts, config.label, judged.names)
+        groups = group_names(judged.facts, config.groups, config.group_names) if config.groups else None
+        said = answers(judged.logits(), labels, len(judged.names))
+        found = single_label(said, labels, judged.names, judged.facts, groups, config.ignore_groups)
+    sampled, about, details = found
+    counts = {"samples": len(judged.facts), "bad": judged.bad}
+    return Outcome(sampled, by_key(judged.facts), about | counts, data, details)
 
 
-def _by_head(
-    embed: Embedder, config: ClassificationConfig, names: list[str]
-) -> tuple[Tensor, Tensor, list[Facts], int, list[str]]:
-    """The head's logits (N, C), of videos the mean over views of the probabilities (TSN, Wang et al. 2016), in place
-    of embeddings, and an identity in place of a classifier's rows; facts, how many samples were left out, and the
-    names of the head's classes."""
+def class_names(config: NamesConfig) -> list[str]:
+    """Names of the classes; none where the set has none."""
+    given = config.classnames is not None or beside(config, "classnames.txt") is not None
+    return objective(_lines(config, config.classnames, "classnames.txt"), config.objective) if given else []
+
+
+def classifier(embed: Embedder, config: NamesConfig, names: list[str]) -> Tensor:
+    """(C, D) unit rows of the class names in the set's prompts. Collective."""
+    lines = _lines(config, config.templates, "zeroshot_classification_templates.txt")
+    templates = objective(lines, config.objective) or ["{}"]
+    return zeroshot.classifier(names, templates, lambda texts: embed.texts(texts, config.batch))
+
+
+def needed_fields(config: NamesConfig, multi: bool = False) -> list[str]:
+    """Facts that a sample must have for its label to be known."""
+    return ["npy" if multi else {"cls": "label"}.get(config.label.split(":")[0], config.label.split(":")[0])]
+
+
+def dataset_type(config: SetConfig) -> str:
+    """What CLIP_benchmark's dataset_type.txt says of a set; empty where there is none."""
+    path = beside(config, "dataset_type.txt")
+    return "" if path is None else " ".join(read_lines(path))
+
+
+def _by_words(embed: Embedder, config: ClassificationConfig, multi: bool) -> Judged:
+    names = class_names(config)
+    if not names:
+        raise UserError(f"no class names: give `classnames`, or put a classnames.txt into {config.data}")
+    image, facts, bad = embed.images(config, config.video).usable(*needed_fields(config, multi))
+    weights = classifier(embed, config, names)
+    factor, _ = embed.scale()
+    pieces = image.split(max(1, metrics.CHUNK // len(weights)))
+    return Judged(lambda: (metrics.scores_of(some, weights) * factor for some in pieces), facts, bad, names)
+
+
+def _by_head(embed: Embedder, config: ClassificationConfig) -> Judged:
+    """The head's logits, of videos the logarithm of the mean over views of the probabilities (TSN, Wang et al. 2016)."""
     head = embed.head(ClassHead, config.head)
+    names = class_names(config)
     if names and names != head.classes:
         raise UserError(
             f"the classes of {config.data} ({len(names)}: {', '.join(names[:3])}, ...) are not those that head "
@@ -94,16 +150,15 @@ def _by_head(
 
     def compute(batch: dict[str, Tensor], facts: list[Facts]) -> Tensor:
         logits = head(embed.features(batch, head.modalities))
-        return logits if views is None else mean_of_views(logits.softmax(1), views.number)
+        return logits if views is None else mean_of_views(logits.softmax(1), views.number).log()
 
     reading = EverythingReading(embed.transform(), views)
     rows, facts = pass_over(config, open_set(config), reading, compute)
-    good = usable(facts, "label")
-    identity = torch.eye(len(head.classes), device=rows.device)
-    return rows[good], identity, [facts[i] for i in good], len(facts) - len(good), head.classes
+    good = usable(facts, *needed_fields(config))
+    return Judged(lambda: iter([rows[good]]), [facts[i] for i in good], len(facts) - len(good), head.classes)
 
 
-def _lines(config: ClassificationConfig, given: Path | tuple[str, ...] | None, name: str) -> list[str]:
+def _lines(config: NamesConfig, given: Path | tuple[str, ...] | None, name: str) -> list[str]:
     if isinstance(given, tuple):
         return list(given)
     path = given or beside(config, name)

@@ -1,7 +1,7 @@
 """Embeddings of an evaluation set, the same on every rank and whatever the number of ranks."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm import distributed
-from mm.data import decode
+from mm.data import decode, fields
 from mm.data.clips import Views
 from mm.data.questions import label
 from mm.data.shards import Sample
@@ -29,6 +29,7 @@ from mm.evaluators.passes import (
     pass_over,
     usable,
 )
+from mm.evaluators.store import Store
 from mm.models.fused import find_head, read_features
 from mm.models.heads import Head
 
@@ -42,7 +43,7 @@ class Images(NamedTuple):
     """Every image or video of a set, in order, those that cannot be used included."""
 
     features: Tensor  # (N, D) unit rows
-    facts: list[Facts]  # N: image_id (equal for equal bytes), label, captions
+    facts: list[Facts]  # N: image_id (equal for equal bytes), label, captions, npy, json
 
     def usable(self, field: str | None = None) -> tuple[Tensor, list[Facts], int]:
         """Features and facts of the samples whose image and `field` are good, and how many were left out.
@@ -57,13 +58,12 @@ class Images(NamedTuple):
 class Embedder:
     """A model in evaluation mode; sets of images are embedded once however many evaluations use them."""
 
-    def __init__(self, model: "Model", tasks: Mapping[str, Any]) -> None:
+    def __init__(self, model: "Model", tasks: Mapping[str, Any], store: Store | None = None) -> None:
         self.model = model
         self.tasks = tasks
+        self.store = store
         self.towers = model.towers
         self.heads = model.heads
-        self.scale: Tensor | None = None
-        self.bias: Tensor | None = None
         self._images: dict[tuple[object, ...], Images] = {}
 
     def transform(self) -> EvalTransform:
@@ -99,46 +99,92 @@ class Embedder:
                 clips = self.towers(clips=batch["clips"].flatten(0, 1)).video
                 return F.normalize(mean_of_views(clips, views.number), dim=1)
 
-            reading = EverythingReading(self.transform(), views)
-            self._images[name] = Images(*pass_over(config, open_set(config), reading, compute))
+            self._images[name] = Images(
+                *self.kept(config, EverythingReading(self.transform(), views), compute, name[2:])
+            )
         return self._images[name]
+
+    def kept(
+        self,
+        config: SetConfig,
+        reading: Reading,
+        compute: Callable[[dict[str, Tensor], list[Facts]], Tensor],
+        depends: Sequence[object],
+    ) -> tuple[Tensor, list[Facts]]:
+        """`pass_over` a whole set, or what an earlier one left on the disk. Collective.
+
+        depends: what the rows depend on beside the model, the shards, and how an image is prepared.
+        """
+        samples = open_set(config)
+        if self.store is None:
+            return pass_over(config, samples, reading, compute)
+        transform = reading.transform
+        prepared = (transform.size, transform.resize_mode, transform.interpolation, type(reading).__name__)
+        key = self.store.key(samples, *prepared, *depends)
+        found = self.store.images(key)
+        if found is None:
+            found = pass_over(config, samples, reading, compute)
+            self.store.keep_images(key, *found)
+        return found
 
     def texts(self, texts: Sequence[str], batch: int) -> Tensor:
         """(N, D) unit rows of N texts; equal ones are encoded once. Collective."""
         # texts of like length share a batch, for little padding; the order depends on the texts alone
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
-        sizes = batch_sizes(len(distinct), batch)
+        places, known = self.store.texts(distinct) if self.store else ([], None)
+        old = set(places)
+        new = [i for i in range(len(distinct)) if i not in old]
+        parts = [] if known is None else [known]
+        if new:
+            parts.append(self._encoded([distinct[i] for i in new], batch))
+            if self.store:
+                self.store.keep_texts([distinct[i] for i in new], parts[-1])
+        row = {distinct[i]: j for j, i in enumerate([*places, *new])}
+        rows = torch.cat(parts)
+        return rows[torch.tensor([row[text] for text in texts], device=rows.device)]
+
+    def scale(self) -> tuple[Tensor, Tensor | None]:
+        """The factor on the cosines and the term added to them, if there is one: (1,) each."""
+        output = self.towers()
+        return output.scale, output.bias
+
+    def _encoded(self, texts: Sequence[str], batch: int) -> Tensor:
+        sizes = batch_sizes(len(texts), batch)
 
         def rows() -> Iterator[Tensor]:
             for j in own_batches(len(sizes)):
-                input_ids, mask = self.towers.token_ids(distinct[j * batch : (j + 1) * batch])
+                input_ids, mask = self.towers.token_ids(texts[j * batch : (j + 1) * batch])
                 device = distributed.device()
-                output = self.towers(input_ids=input_ids.to(device), mask=mask.to(device))
-                self.scale, self.bias = output.scale, output.bias
-                yield output.text
+                yield self.towers(input_ids=input_ids.to(device), mask=mask.to(device)).text
 
-        place = {text: i for i, text in enumerate(distinct)}
-        features = in_order(rows(), sizes)
-        return features[torch.tensor([place[text] for text in texts], device=features.device)]
+        return in_order(rows(), sizes)
 
 
 class EverythingReading(Reading):
-    """The image, and as facts its captions and label where it has some."""
+    """The image, and as facts its captions, label and numbers where it has some."""
 
     def __call__(self, sample: Sample | None, facts: Facts) -> Tensor:
-        facts |= {"image_id": "", "label": -1, "captions": []}
+        facts |= {"image_id": "", "label": -1, "captions": [], "npy": None, "json": None}
         image = self.image(sample, facts)
         if sample is None:
             return image
         if "image" not in facts["problems"]:
             data = decode.image_member(sample) if self.views is None else video_content(sample.members)
             facts["image_id"] = hashlib.blake2b(data, digest_size=16).hexdigest()
-        for field, read in (("captions", decode.captions), ("label", label)):
+        for field, read in _FIELDS.items():
             try:
                 facts[field] = read(sample)
             except decode.BadSample as error:
                 facts["problems"][field] = error.reason
         return image
+
+
+_FIELDS: dict[str, Callable[[Sample], Any]] = {
+    "captions": decode.captions,
+    "label": label,
+    "npy": fields.numbers,
+    "json": fields.about,
+}
 
 
 def mean_of_views(rows: Tensor, views: int) -> Tensor:
@@ -147,15 +193,18 @@ def mean_of_views(rows: Tensor, views: int) -> Tensor:
 
 
 @contextmanager
-def embedding(model: "Model", tasks: Mapping[str, Any] | None = None) -> Iterator[Embedder]:
-    """The model in evaluation mode and without gradients; afterwards every module is in the mode it was
-    in. `tasks`: those that it learns, by name.
+def embedding(
+    model: "Model", tasks: Mapping[str, Any] | None = None, store: Store | None = None
+) -> Iterator[Embedder]:
+    """The model in evaluation mode and without gradients; afterwards every module is in the mode it was in.
+
+    tasks: those that it learns, by name. store: where embeddings are kept.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():  # not inference_mode: ZeRO-3 gathers parameters in place
-            yield Embedder(model, tasks or {})
+            yield Embedder(model, tasks or {}, store)
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -1,8 +1,8 @@
 """Two-image entailment: accuracy and consistency, as NLVR2 counts them."""
 
-from collections import defaultdict
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +14,9 @@ from mm.data.transforms import EvalTransform
 from mm.encoders.text import Tokenizer
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder
+from mm.evaluators.outcome import Outcome, columns, content_hash, together
 from mm.evaluators.passes import Facts, Reading, SetConfig, open_set, pass_over, usable
+from mm.metrics.bootstrap import sampled
 from mm.models.heads import MatchingHead
 
 
@@ -65,8 +67,8 @@ class _StatementReading(Reading):
         }
 
 
-def entailment(embed: Embedder, config: EntailmentConfig) -> dict[str, float]:
-    """Figures: accuracy with its standard error; consistency, the share of sentences of which all pairs of images are
+def entailment(embed: Embedder, config: EntailmentConfig) -> Outcome:
+    """Figures: accuracy; consistency, the share of sentences of which all pairs of images are
     right; majority, the share of the commoner label; chance; samples, bad.
     """
     head = embed.head(MatchingHead, config.head)
@@ -84,16 +86,20 @@ def entailment(embed: Embedder, config: EntailmentConfig) -> dict[str, float]:
     good = usable(facts, "label")
     truth = torch.tensor([facts[i]["label"] for i in good], device=rows.device)
     hits = (rows[good, 0] > 0) == truth
-    sentences: dict[str, list[bool]] = defaultdict(list)
-    for i, hit in zip(good, hits.tolist(), strict=True):
-        sentences[facts[i]["sentence"]].append(hit)
+    # pairs of images under one sentence are not independent
+    sentences, unit = together([facts[i]["sentence"] for i in good])
+    (hit,) = columns(hits)
+    whole = np.ones(len(sentences))
+    np.minimum.at(whole, unit, hit)
     share = metrics.share(truth)
-    return {
-        "accuracy": metrics.share(hits),
-        "accuracy_error": metrics.standard_error(hits),
-        "consistency": sum(map(all, sentences.values())) / len(sentences),
-        "majority": max(share, 1 - share),
-        "chance": 0.5,
-        "samples": len(good),
-        "bad": len(facts) - len(good),
-    }
+    return Outcome(
+        {"accuracy": sampled("mean", hit, unit=unit), "consistency": sampled("mean", whole)},
+        sentences,
+        {
+            "majority": max(share, 1 - share),
+            "chance": 0.5,
+            "samples": len(good),
+            "bad": len(facts) - len(good),
+        },
+        content_hash([facts[i] for i in good], "sentence", "label"),
+    )

@@ -3,13 +3,16 @@
 import hashlib
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mm import losses
 from mm.evaluators.embedding import Embedder
+from mm.evaluators.outcome import Outcome, content_hash
 from mm.evaluators.passes import Facts, SetConfig
+from mm.metrics.bootstrap import sampled
 
 
 class LossConfig(SetConfig):
@@ -27,20 +30,21 @@ class LossConfig(SetConfig):
     """
 
 
-def loss(embed: Embedder, config: LossConfig) -> dict[str, float]:
+def loss(embed: Embedder, config: LossConfig) -> Outcome:
     """Figures: val_loss, the mean over pairs; samples, bad."""
     image, facts, bad = embed.images(config).usable("captions")
     # shards may be sorted by class: a fixed shuffle makes batches as mixed as in training
     order = sorted(range(len(facts)), key=lambda i: (hashlib.blake2b(facts[i]["key"].encode()).digest(), i))
     facts = [facts[i] for i in order]
     text = embed.texts([fact["captions"][0] for fact in facts], config.batch)
-    assert embed.scale is not None
-    image, text, scale = image.cpu()[order].double(), text.cpu().double(), embed.scale.cpu().double()
-    bias = None if embed.bias is None else embed.bias.cpu().double()
+    factor, added = embed.scale()
+    image, text, scale = image.cpu()[order].double(), text.cpu().double(), factor.cpu().double()
+    bias = None if added is None else added.cpu().double()
     objective = config.objective
     if objective == "auto":
         objective = "contrastive" if bias is None else "sigmoid"
-    total = 0.0
+    values: list[float] = []
+    batches: list[int] = []
     # batches of nearly equal size and no remainder, whose loss would be another
     for rows in torch.arange(len(order)).tensor_split(max(1, len(order) // config.pairs)):
         ids = _ids([facts[i] for i in rows.tolist()]) if config.positives == "same" else {}
@@ -49,8 +53,15 @@ def loss(embed: Embedder, config: LossConfig) -> dict[str, float]:
             value = losses.sigmoid(image[rows], text[rows], scale, offset, gather=False, **ids)
         else:
             value = losses.contrastive(image[rows], text[rows], scale, gather=False, **ids)
-        total += value.item() * len(rows)
-    return {"val_loss": total / len(order), "samples": len(order), "bad": bad}
+        batches += [len(values)] * len(rows)
+        values.append(value.item())
+    figure = sampled("mean", np.array(values)[batches], unit=np.array(batches))
+    return Outcome(
+        {"val_loss": figure},
+        [f"batch {i}" for i in range(len(values))],
+        {"samples": len(order), "bad": bad},
+        content_hash(facts, "captions"),
+    )
 
 
 def _ids(facts: list[Facts]) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """Retrieval: captions for an image, images for a caption."""
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -9,8 +11,10 @@ from torch import Tensor
 from mm import metrics
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder, embedding
-from mm.evaluators.passes import SetConfig, ViewsConfig
+from mm.evaluators.outcome import MANY, Outcome, by_key, columns, content_hash, top
+from mm.evaluators.passes import Facts, SetConfig, ViewsConfig
 from mm.evaluators.reranking import Pairs, rerank
+from mm.metrics.bootstrap import Sampled, sampled
 
 if TYPE_CHECKING:
     from mm.models.folder import Model
@@ -39,11 +43,12 @@ class RetrievalConfig(SetConfig):
     negatives; `head`: its logit alone, as ALBEF does."""
 
 
-def retrieval(embed: Embedder, config: RetrievalConfig) -> dict[str, float]:
-    """Figures, for image_to_text and text_to_image (video_to_text and text_to_video): `..._recall@1`, `@5`, `@10`, each
-    with its `_error`
-    (standard error; captions of one image are not independent), and `..._chance` (recall@1 of a random
-    order); with `rerank` the same under `..._reranked`; samples (images), captions, bad.
+def retrieval(embed: Embedder, config: RetrievalConfig) -> Outcome:
+    """Figures, for image_to_text and text_to_image (video_to_text and text_to_video): `..._recall@1`, `@5`, `@10`,
+    and mean_recall@1 of both ways; with `rerank` the same under `..._reranked`. Beside them `..._chance` (recall@1 of a
+    random order); samples (images), captions, bad. Captions of one image are not independent.
+
+    Details: misses, the queries whose best positive ranks last.
     """
     image, facts, bad = embed.images(config, config.video).usable("captions")
     captions = [caption for fact in facts for caption in fact["captions"]]
@@ -57,7 +62,7 @@ def retrieval(embed: Embedder, config: RetrievalConfig) -> dict[str, float]:
     text = embed.texts(captions, config.batch)
     ranks = metrics.retrieval(image, text, image_of_text, text_ids)
     seen = "image" if config.video is None else "video"
-    figures = _recalls(ranks, image_of_text, seen)
+    sampled = _recalls(ranks, image_of_text, seen)
     if config.rerank:
         kinds = torch.arange(len(captions), device=image.device) if text_ids is None else text_ids
         better = rerank(
@@ -69,30 +74,52 @@ def retrieval(embed: Embedder, config: RetrievalConfig) -> dict[str, float]:
             name=config.head,
             alone=config.rerank_by == "head",
         )
-        figures |= {_reranked(name): value for name, value in _recalls(better, image_of_text, seen).items()}
-    return figures | {
+        sampled |= {f"{name}_reranked": one for name, one in _recalls(better, image_of_text, seen).items()}
+    about = {
         f"{seen}_to_text_chance": ranks.image_chance,
         f"text_to_{seen}_chance": ranks.text_chance,
         "samples": len(image),
         "captions": len(captions),
         "bad": bad,
     }
+    return Outcome(
+        sampled,
+        by_key(facts),
+        about,
+        content_hash(facts, "captions"),
+        {"misses": _misses(ranks, image_of_text, captions, facts, seen)},
+    )
 
 
-def _recalls(ranks: metrics.Retrieval, image_of_text: Tensor, seen: str) -> dict[str, float]:
-    figures: dict[str, float] = {}
+def _recalls(ranks: metrics.Retrieval, image_of_text: Tensor, seen: str) -> dict[str, Sampled]:
     images, captions = len(ranks.image_ranks), len(ranks.text_ranks)
+    (unit,) = columns(image_of_text)
+    found: dict[str, Sampled] = {}
     for k in KS:
-        to_text, to_image = ranks.image_ranks < min(k, captions), ranks.text_ranks < min(k, images)
-        figures[f"{seen}_to_text_recall@{k}"] = metrics.share(to_text)
-        figures[f"{seen}_to_text_recall@{k}_error"] = metrics.standard_error(to_text)
-        figures[f"text_to_{seen}_recall@{k}"] = metrics.share(to_image)
-        figures[f"text_to_{seen}_recall@{k}_error"] = metrics.standard_error(to_image, image_of_text)
-    return figures
+        to_text, to_image = columns(ranks.image_ranks < min(k, captions), ranks.text_ranks < min(k, images))
+        found[f"{seen}_to_text_recall@{k}"] = sampled("mean", to_text)
+        found[f"text_to_{seen}_recall@{k}"] = sampled("mean", to_image, unit=unit)
+        if k == 1:
+            ways, both = np.repeat([0, 1], [images, captions]), np.concatenate([to_text, to_image])
+            units = np.concatenate([np.arange(images), unit])
+            found["mean_recall@1"] = sampled("mean_per_class", both, ways, unit=units)
+    return found
 
 
-def _reranked(name: str) -> str:
-    return name.removesuffix("_error") + "_reranked" + ("_error" if name.endswith("_error") else "")
+def _misses(
+    ranks: metrics.Retrieval,
+    image_of_text: Tensor,
+    captions: Sequence[str],
+    facts: Sequence[Facts],
+    seen: str,
+) -> list[dict[str, Any]]:
+    """The captions whose image ranks last, a caption of an image at most."""
+    rows: dict[int, dict[str, Any]] = {}
+    for t in ranks.text_ranks.argsort(descending=True, stable=True)[: 4 * MANY].tolist():
+        i = int(image_of_text[t])
+        row = {"caption": captions[t], "key": facts[i]["key"], "index": facts[i]["index"]}
+        rows.setdefault(i, row | {"rank": int(ranks.text_ranks[t]) + 1, "of": f"{seen}s"})
+    return top(list(rows.values()), "rank")
 
 
 class Ranking(NamedTuple):

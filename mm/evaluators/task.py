@@ -3,6 +3,7 @@
 import random
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,9 @@ from mm.data.decode import BadSample
 from mm.data.shards import Sample
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder
+from mm.evaluators.outcome import Outcome, content_hash, totals
 from mm.evaluators.passes import Facts, Reading, SetConfig, open_set, pass_over
+from mm.metrics.bootstrap import sampled
 
 
 class TaskConfig(SetConfig):
@@ -44,7 +47,7 @@ class _TaskReading(Reading):
         return self.preparation.collate(good) if good else {}
 
 
-def task(embed: Embedder, config: TaskConfig) -> dict[str, float]:
+def task(embed: Embedder, config: TaskConfig) -> Outcome:
     """Figures: val_loss and the task's own, means over the samples; samples, bad."""
     if config.task not in embed.tasks:
         known = ", ".join(embed.tasks) or "none: it is known only to the program that trains"
@@ -72,5 +75,12 @@ def task(embed: Embedder, config: TaskConfig) -> dict[str, float]:
     reading = _TaskReading(chosen.preparation.unaugmented(embed.transform()))
     rows, facts = pass_over(config, open_set(config), reading, compute)
     good = [not fact["problems"] for fact in facts]
-    sums = rows.double().cpu().sum(0) / sum(good)
-    return dict(zip(names, sums.tolist(), strict=True)) | {"samples": sum(good), "bad": len(good) - sum(good)}
+    used = [i for i, one in enumerate(good) if one]
+    batch = np.array([facts[i]["place"] // config.batch for i in used])
+    values = rows.double().cpu().numpy()[used]
+    return Outcome(
+        {name: sampled("mean", values[:, k], unit=batch) for k, name in enumerate(names)},
+        [f"batch {i}" for i in range(int(batch.max()) + 1)],
+        totals(facts, used),
+        content_hash([facts[i] for i in used]),
+    )

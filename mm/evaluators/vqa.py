@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,10 @@ from mm.data.transforms import EvalTransform
 from mm.encoders.text import Tokenizer
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder
+from mm.evaluators.outcome import MANY, Outcome, by_key, columns, content_hash, together
 from mm.evaluators.passes import Facts, Reading, SetConfig, ViewsConfig, open_set, pass_over, usable
 from mm.files import write_atomically
+from mm.metrics.bootstrap import sampled
 from mm.models.generation import generate, rank_candidates
 from mm.models.heads import AnswerHead, WritingHead
 
@@ -45,7 +48,7 @@ class VqaConfig(SetConfig):
     """`vqa` is VQAv2's, OK-VQA's and TextVQA's."""
 
 
-class _QuestionReading(Reading):
+class QuestionReading(Reading):
     """The image or video and the question; as facts its answers and what else the figures need."""
 
     def __init__(
@@ -65,7 +68,12 @@ class _QuestionReading(Reading):
                 facts["problems"]["question"] = error.reason
             else:
                 text = asked.text
-                facts |= {"question_id": asked.id, "answers": asked.answers, "type": asked.answer_type}
+                facts |= {
+                    "question_id": asked.id,
+                    "asked": asked.text,
+                    "answers": asked.answers,
+                    "type": asked.answer_type,
+                }
                 facts |= {key: asked.about.get(key) for key in ("answerable", "image_id")}
         return image, self.tokenizer(text)
 
@@ -76,61 +84,79 @@ class _QuestionReading(Reading):
         return {self.visual: seen, "input_ids": input_ids, "mask": mask}
 
 
-def vqa(embed: Embedder, config: VqaConfig) -> dict[str, float]:
-    """Figures: accuracy (official, soft) with its standard error, accuracy_TYPE for each type of answer; majority (the
-    accuracy of the commonest answer alone); answerability_ap and answerability_f1 where samples say `answerable`;
-    in_vocabulary, the share of questions to which the head knows a right answer; samples, bad.
+def vqa(embed: Embedder, config: VqaConfig) -> Outcome:
+    """Figures: accuracy (official, soft), accuracy_TYPE for each type of answer; answerability_ap and answerability_f1
+    where samples say `answerable`; in_vocabulary, the share of questions to which the head knows a right answer. Beside
+    them majority (the accuracy of the commonest answer alone); samples, bad. Questions about one image are not
+    independent.
+
+    Details: types, and what was answered wrongly.
     """
     answerer = _answerer(embed, config)
     views = embed.views(ViewsConfig()) if "video" in answerer.modalities else None
     looks = bool({"image", "video"} & set(answerer.modalities))
-    reading = _QuestionReading(embed.transform(), views, embed.towers.text.tokenizer, looks)
+    reading = QuestionReading(embed.transform(), views, embed.towers.text.tokenizer, looks)
     rows, facts = pass_over(config, open_set(config), reading, answerer.compute)
     good = usable(facts, "question")
     predictions = [answerer.say(rows[i], facts[i]) for i in good]
-    bad, asked = len(facts) - len(good), [facts[i] for i in good]
+    asked = [facts[i] for i in good]
     if config.submission is not None:
         path = config.submission
         distributed.on_main(lambda: _write(path, config.submission_format, asked, predictions))
     known = [i for i, fact in enumerate(asked) if fact["answers"]]
+    bad = {"bad": float(len(facts) - len(good))}
+    data = content_hash(asked, "question_id", "asked", "answers")
     if not known:
-        return {"samples": len(asked), "bad": bad}
-    figures = _accuracies([predictions[i] for i in known], [asked[i] for i in known])
+        return Outcome({}, [], {"samples": len(asked)} | bad, data)
+    predictions, asked = [predictions[i] for i in known], [asked[i] for i in known]
+    outcome = scored(predictions, asked, data, bad)
     if answerer.vocabulary is not None:
         words = set(answerer.vocabulary)
-        inside = [bool(words & metrics.soft_scores(asked[i]["answers"]).keys()) for i in known]
-        figures["in_vocabulary"] = sum(inside) / len(inside)
-    judged = [i for i in known if asked[i]["answerable"] in (0, 1)]
+        inside = [bool(words & metrics.soft_scores(fact["answers"]).keys()) for fact in asked]
+        outcome.about["in_vocabulary"] = sum(inside) / len(inside)
+    judged = [i for i, fact in enumerate(asked) if fact["answerable"] in (0, 1)]
     if judged:
-        scores = torch.stack([rows[good[i]][1] for i in judged])
+        sure = rows[[good[known[i]] for i in judged], 1]
         # as VizWiz's scorer counts, the questions to be found are those that cannot be answered
-        lost = torch.tensor([asked[i]["answerable"] == 0 for i in judged], device=scores.device)
-        figures["answerability_ap"] = metrics.average_precision(1 - scores, lost)
-        figures["answerability_f1"] = metrics.f1(scores < 0.5, lost)
-    return figures | {"samples": len(known), "bad": bad}
+        lost = torch.tensor([asked[i]["answerable"] == 0 for i in judged], device=sure.device)
+        unit = outcome.sampled["accuracy"].unit[judged]
+        score, guess, true = columns(1 - sure, sure < 0.5, lost)
+        outcome.sampled["answerability_ap"] = sampled("average_precision", score, true, unit=unit)
+        outcome.sampled["answerability_f1"] = sampled("f1", guess, true, unit=unit)
+    return outcome
 
 
-def _accuracies(predictions: Sequence[str], asked: Sequence[Facts]) -> dict[str, float]:
-    pairs = list(zip(predictions, [fact["answers"] for fact in asked], strict=True))
-    right = [metrics.vqa_accuracy(said, answers) for said, answers in pairs]
-    by_type: dict[str, list[float]] = defaultdict(list)
-    for accuracy, fact in zip(right, asked, strict=True):
-        by_type[re.sub(r"\W+", "_", fact["type"] or "other").strip("_")].append(accuracy)
-    common = Counter(Counter(answers).most_common(1)[0][0] for _, answers in pairs).most_common(1)[0][0]
-    majority = [metrics.vqa_accuracy(common, answers) for _, answers in pairs]
-    images = {
-        str(fact["image_id"]): i for i, fact in enumerate(asked)
-    }  # questions about one are not independent
-    groups = torch.tensor([images[str(fact["image_id"])] for fact in asked]) if len(images) > 1 else None
-    error = metrics.standard_error(torch.tensor(right, dtype=torch.float64), groups)
-    figures = {"accuracy": _mean(right), "accuracy_error": error}
-    if len(by_type) > 1:
-        figures |= {f"accuracy_{kind}": _mean(values) for kind, values in sorted(by_type.items())}
-    return figures | {"majority": _mean(majority)}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def scored(
+    predictions: Sequence[str], asked: Sequence[Facts], data: str, about: Mapping[str, float]
+) -> Outcome:
+    """accuracy, accuracy_TYPE and majority of what was answered to questions that have answers."""
+    answers = [fact["answers"] for fact in asked]
+    right = np.array([metrics.vqa_accuracy(*pair) for pair in zip(predictions, answers, strict=True)])
+    common = Counter(Counter(some).most_common(1)[0][0] for some in answers).most_common(1)[0][0]
+    majority = [metrics.vqa_accuracy(common, some) for some in answers]
+    shown = [str(fact["image_id"]) for fact in asked]
+    if len(set(shown)) == 1:  # nobody said which image it is
+        shown = by_key(asked)
+    units, unit = together(shown)
+    types = np.array([re.sub(r"\W+", "_", fact["type"] or "other").strip("_") for fact in asked])
+    figures = {"accuracy": sampled("mean", right, unit=unit)}
+    kinds = sorted(set(types.tolist()))
+    for kind in kinds if len(kinds) > 1 else ():
+        some = np.flatnonzero(types == kind)
+        figures[f"accuracy_{kind}"] = sampled("mean", right[some], unit=unit[some])
+    wrong = [
+        {
+            "key": fact["key"],
+            "index": fact["index"],
+            "question": fact["asked"],
+            "answered": said,
+            "answers": most,
+        }
+        for fact, said, most, score in zip(asked, predictions, answers, right, strict=True)
+        if score == 0
+    ]
+    counts = {"majority": sum(majority) / len(majority), "samples": len(asked), **about}
+    return Outcome(figures, units, counts, data, {"mistakes": wrong[:MANY]})
 
 
 class _Answerer(NamedTuple):

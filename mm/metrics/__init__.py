@@ -1,9 +1,10 @@
 """Metrics: pure functions of what was predicted and what is true.
 
-`ranking` accuracy, recall@k and their errors; `vqa` answers to questions; `captions` BLEU and CIDEr.
+`ranking` accuracy, recall@k and their errors; `vqa` answers to questions; `captions` BLEU and CIDEr; `bootstrap`
+figures as functions of their samples, and how sure they are.
 """
 
-from mm.metrics.captions import caption_scores
+from mm.metrics.captions import CaptionScores, bleu, caption_counts, caption_scores
 from mm.metrics.ranking import (
     CHUNK,
     Retrieval,
@@ -24,9 +25,12 @@ from mm.metrics.vqa import average_precision, f1, gqa_accuracy, normalise_answer
 
 __all__ = [
     "CHUNK",
+    "CaptionScores",
     "Retrieval",
     "average_precision",
     "best_rank",
+    "bleu",
+    "caption_counts",
     "caption_scores",
     "classification_hits",
     "f1",

@@ -5,9 +5,13 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mm.errors import UserError
+from mm.metrics.bootstrap import Sampled, sampled
 
 # Penn Treebank tokens, as Stanford's PTBTokenizer 3.4.1 cuts English captions. What it takes for an abbreviation:
 _ABBREVIATIONS = r"""
@@ -70,6 +74,15 @@ def tokens(caption: str) -> list[str]:
     ]
 
 
+class CaptionScores(NamedTuple):
+    """What each image of N gives to the figures of the whole set."""
+
+    bleu: NDArray[np.float64]
+    """(N, 10): matches of 1- to 4-grams, guesses of 1- to 4-grams, length, length of the nearest reference."""
+    cider: NDArray[np.float64]
+    """(N,): CIDEr-D of each; their mean is that of the set."""
+
+
 def caption_scores(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
@@ -86,9 +99,20 @@ def caption_scores(
 
     Raises UserError for what does not fit together, and where pycocoevalcap or Java is missing.
     """
+    scores = caption_counts(predictions, references, tokenizer)
+    figures = {f"bleu@{n}": one.value for n, one in enumerate(bleu(scores), 1)}
+    return figures | {"cider": float(scores.cider.mean())}
+
+
+def caption_counts(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenizer: Literal["plain", "ptb"] = "plain",
+) -> CaptionScores:
+    """What each image gives to `caption_scores`. Errors as there."""
     _check(predictions, references)
     try:
-        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
         from pycocoevalcap.cider.cider import Cider
     except ImportError as error:
         raise UserError(f"BLEU and CIDEr need pycocoevalcap ({error}): pip install 'mm[caption]'") from error
@@ -98,10 +122,22 @@ def caption_scores(
     truth = {image: [next(rest) for _ in some] for image, some in enumerate(references)}
     if not any(line for some in truth.values() for line in some):
         raise UserError("no reference caption has a word in it: check the captions of the set")
-    guess = {image: [line] for image, line in enumerate(predicted)}
-    bleu, _ = Bleu(4).compute_score(truth, guess, verbose=0)  # 1 prints
-    cider, _ = Cider().compute_score(truth, guess)
-    return {f"bleu@{n}": float(score) for n, score in enumerate(bleu, 1)} | {"cider": float(cider)}
+    scorer = BleuScorer(n=4)
+    for image, line in enumerate(predicted):
+        scorer += (line, truth[image])
+    counts = []
+    for one in scorer.ctest:
+        length = one["testlen"]
+        nearest = min((abs(other - length), other) for other in one["reflen"])[1]
+        counts.append([*one["correct"], *one["guess"], length, nearest])
+    _, cider = Cider().compute_score(truth, {image: [line] for image, line in enumerate(predicted)})
+    return CaptionScores(np.array(counts, np.float64), np.asarray(cider, np.float64))
+
+
+def bleu(scores: CaptionScores) -> list[Sampled]:
+    """BLEU-1 to 4 as functions of the images."""
+    table = scores.bleu
+    return [sampled("bleu", *table[:, :n].T, *table[:, 4 : 4 + n].T, *table[:, 8:].T) for n in range(1, 5)]
 
 
 def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
