@@ -1,82 +1,221 @@
-"""Evaluate a model on sets of images and texts: `python -m eval.suite CONFIG model=RUN_OR_CHECKPOINT [key=value ...]`.
+"""Evaluate a model on sets of images and texts: `python -m eval.suite CONFIG model=MODEL [key=value ...]`.
 
-The same under `torchrun --nproc-per-node N -m eval.suite ...`, with the same figures. Prints a table and writes
-`RUN/eval/NAME.json` (or `out`), one JSON object:
+MODEL: a run folder, its `model/`, one of its checkpoints, a folder that `mm export` wrote, `open_clip:NAME@TAG`,
+`transformers:NAME`. The same under `torchrun --nproc-per-node N -m eval.suite ...`, with the same figures to the last
+digit. A set whose results are there, of the same model, data and config, is not evaluated again, so a suite that
+was stopped goes on where it was; a set that fails is reported at the end, and the others are evaluated.
 
-- format: 1
-- name, model, config: of the suite; the path that was given; all keys, resolved
-- figures: {"SET": {"FIGURE": number}}: shares in [0, 1], their standard errors (`FIGURE_error`), counts
-- mm, torch, date: versions; end of the evaluation in UTC
+Prints a table and writes `RUN/eval/NAME.json` (or `out`), one JSON object:
+
+- format: 2
+- name, model, model_hash, config: of the suite; the model that was given, and the hash of its weights and
+  preprocessing; all keys, resolved
+- figures: {"SET": {"FIGURE": number}}: shares in [0, 1], their standard errors (`FIGURE_error`), counts, chance
+- intervals: {"SET": {"FIGURE": [low, high]}}: 95%, by the bootstrap over samples
+- sets: {"SET": {"kind", "main", "data", "data_hash", "seconds", "signature"}}
+- failed: {"SET": why}
+- mean_main: the mean over the sets of the figure by which each is quoted (`main`), losses apart
+- mm, torch, ...: versions; date: end of the evaluation in UTC
 - seconds, ranks, device: what it took, loading apart
+
+and beside it `NAME/SET.json` with the tables of each set and `NAME/SET.samples.safetensors`, see `eval.results`.
 """
 
 import importlib.metadata
-import json
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from eval import results
+from eval.results import SetResult
 from mm import checkpoint, distributed, program
 from mm.config import Config, parse
 from mm.encoders.lora import merge_lora
-from mm.errors import UserError
-from mm.evaluators import EvaluatorConfig, evaluate
-from mm.files import write_atomically
+from mm.errors import Failure, UserError
+from mm.evaluators import FIGURES, EvaluatorConfig, outcome
+from mm.evaluators.embedding import Embedder, embedding
+from mm.evaluators.sets import beside, open_set
+from mm.evaluators.store import default_store, digest, make_store
 from mm.models.folder import Model, find_model, load_model, read_description
+from mm.models.opening import open_model
 from mm.report.console import show
+from mm.report.figures import label
+
+BESIDE = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt", "answers.json")
+VERSIONS = ("mm", "torchvision", "timm", "transformers", "open_clip_torch", "pillow")
 
 
 class SuiteConfig(Config):
     """A model and the sets it is evaluated on."""
 
-    model: Path
-    """A run folder, its `model/`, one of its checkpoints, or an exported folder."""
+    model: str
+    """A run folder, its `model/`, one of its checkpoints, an exported folder, open_clip:NAME@TAG (or @FILE of weights),
+    transformers:NAME."""
     sets: dict[str, EvaluatorConfig] = Field(min_length=1)
     """Evaluations by name, each of one `kind`."""
     name: str = Field("suite", pattern=r"^\w[\w.@+-]*$")
-    """Name of the results: they go to eval/NAME.json in the run folder."""
+    """Name of the results: they go to eval/NAME.json in the run folder, or in results/ for a model that is in none."""
     out: Path | None = None
-    """Write the results to this file instead."""
+    """Write the results to this file instead, and those of each set into a folder beside it."""
+    cache: Path | None = Field(default_factory=default_store)
+    """Folder for embeddings of texts and images, which later evaluations of the same model use; null: none are kept.
+    $MM_EMBEDDINGS by default."""
+    fresh: bool = False
+    """Evaluate every set, also those whose results are there."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the towers compute in; scores are fp32."""
+    resamples: int = Field(1000, ge=100)
+    """Of the bootstrap."""
+    seed: int = 0
+    """Of the bootstrap: the same seed draws the same samples for every model."""
+
+    @field_validator("sets")
+    @classmethod
+    def _can_be_files(cls, sets: dict[str, Any]) -> dict[str, Any]:
+        for name in sets:
+            if not name or not all(part and not part.startswith(".") for part in name.split("/")):
+                raise ValueError(f"{name!r} cannot be the name of a set: its results are a file of that name")
+        return sets
 
 
 def main(argv: list[str]) -> None:
     config = parse(SuiteConfig, argv, "eval.suite")
     distributed.start()
-    model = open_model(config.model).to(distributed.device())
+    model = load(config.model).to(distributed.device())
+    conditions = (config.precision, distributed.device().type)
+    model_hash, store = make_store(config.cache, model, conditions)
+    path = config.out or results_folder(config.model) / f"{config.name}.json"
     started = time.perf_counter()
-    figures = evaluate(model, config.sets)
-    seconds = time.perf_counter() - started
+    with embedding(model, store=store) as embed, precision(config.precision):
+        found, failed = evaluate_sets(embed, config, path.with_suffix(""), [model_hash, *conditions])
     if not distributed.is_main():
         return
-    result = {
-        "format": 1,
+    result = summary(config, model_hash, found, failed) | {"seconds": time.perf_counter() - started}
+    results.write(path, results.to_json(result))
+    show(result["figures"], intervals=result["intervals"])
+    mean = result["mean_main"]
+    quoted = "" if len(found) < 2 or mean is None else f", on average {mean:.4f} by their main figures"
+    print(f"{len(found)} sets in {result['seconds']:.1f} s{quoted}; results in {path}")
+    if failed:
+        reasons = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
+        raise UserError(f"{len(failed)} of {len(config.sets)} sets could not be evaluated:\n  {reasons}")
+
+
+def evaluate_sets(
+    embed: Embedder, config: SuiteConfig, folder: Path, about: list[str]
+) -> tuple[dict[str, SetResult], dict[str, str]]:
+    """Results of the sets, and why those failed that have none; each is written as soon as it is there. Collective."""
+    found: dict[str, SetResult] = {}
+    failed: dict[str, str] = {}
+    for number, (name, one) in enumerate(config.sets.items(), 1):
+        note(f"[{number}/{len(config.sets)}] {name} ... ", end="")
+        try:
+            result = evaluate_set(embed, config, folder, name, one, about)
+        except (UserError, Failure) as error:  # of all ranks alike
+            failed[name] = str(error)
+        except Exception as error:
+            if distributed.world_size() > 1:
+                raise  # the others may be elsewhere
+            failed[name] = f"{type(error).__name__}: {error}"
+        if name in failed:
+            note(f"failed: {failed[name]}")
+        elif result is not None:
+            found[name] = result
+            value = result.figures[result.main]
+            note(f"{label(result.main)} {value:.4f} ({result.seconds:.1f} s)")
+    return found, failed
+
+
+def evaluate_set(
+    embed: Embedder, config: SuiteConfig, folder: Path, name: str, one: EvaluatorConfig, about: list[str]
+) -> SetResult | None:
+    """The result of a set, from the disk where it is there; None on the ranks that do not write. Collective."""
+    started = time.perf_counter()
+    mark = distributed.from_main(lambda: signature(one, about, config))
+    known = None if config.fresh else results.read_set(folder, name)
+    if distributed.broadcast_object(known is not None and known.signature == mark):
+        return known
+    found = outcome(embed, one)
+    if not distributed.is_main():
+        return None
+    figures, intervals = found.figures, found.intervals(config.resamples, config.seed)
+    result = SetResult(
+        mark,
+        one.kind,
+        main_figure(one, figures),
+        figures,
+        intervals,
+        str(one.data),
+        found.data,
+        time.perf_counter() - started,
+        found.details,
+    )
+    results.write_set(folder, name, result, found)
+    return result
+
+
+def signature(one: EvaluatorConfig, about: list[str], config: SuiteConfig) -> str:
+    """Hash of what the figures of a set depend on."""
+    values = {key: value for key, value in one.model_dump(mode="json").items() if key != "workers"}
+    files = [beside(one, name) for name in BESIDE]
+    files += [value for value in vars(one).values() if isinstance(value, Path)]
+    try:
+        texts = [
+            str(file and file.expanduser().is_file() and file.expanduser().read_bytes()) for file in files
+        ]
+        data = digest(open_set(one), config.cache)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    versions = [importlib.metadata.version(name) for name in ("mm", "torch")]
+    return results.signature(values, texts, data, about, versions, config.resamples, config.seed)
+
+
+def main_figure(one: EvaluatorConfig, figures: Mapping[str, float]) -> str:
+    """The figure by which a set is quoted. UserError where it has none of that name."""
+    chosen = one.main or next((name for name in FIGURES[one.kind] if name in figures), None)
+    if chosen is None or chosen not in figures:
+        known = ", ".join(name for name in figures if not name.endswith("_error"))
+        raise UserError(f"main={chosen}: {one.data} has no such figure; it has {known}")
+    return chosen
+
+
+def summary(
+    config: SuiteConfig, model_hash: str, found: Mapping[str, SetResult], failed: Mapping[str, str]
+) -> dict[str, Any]:
+    """What NAME.json says, the seconds apart."""
+    quoted = [one.figures[one.main] for one in found.values() if not one.main.endswith("loss")]
+    return {
+        "format": results.FORMAT,
         "name": config.name,
-        "model": str(config.model),
+        "model": config.model,
+        "model_hash": model_hash,
         "config": config.model_dump(mode="json"),
-        "figures": figures,
-        "mm": importlib.metadata.version("mm"),
+        "figures": {name: one.figures for name, one in found.items()},
+        "intervals": {name: one.intervals for name, one in found.items()},
+        "sets": {name: one.summary() for name, one in found.items()},
+        "failed": dict(failed),
+        "mean_main": sum(quoted) / len(quoted) if quoted else None,
         "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in VERSIONS},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": seconds,
         "ranks": distributed.world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    path = config.out or run_folder(config.model) / "eval" / f"{config.name}.json"
-    write(path, result)
-    show(figures)
-    print(f"{len(figures)} sets in {seconds:.1f} s; results in {path}")
 
 
-def open_model(path: Path) -> Model:
-    """The model in a folder; in a checkpoint of a run, the run's model with the weights of that step."""
+def load(name: str) -> Model:
+    """The model of a name; of a checkpoint of a run, the run's model with the weights of that step."""
+    path = Path(name)
     if not is_checkpoint(path):
-        return load_model(path)
-    weights = {name.removeprefix("model."): w for name, w in checkpoint.read_weights(path).items()}
-    folder = find_model(run_folder(path))
+        return open_model(name)
+    weights = {key.removeprefix("model."): w for key, w in checkpoint.read_weights(path).items()}
+    folder = find_model(path.parent.parent)
     model = load_model(folder)
     model.load_state_dict(merge_lora(weights, read_description(folder)["about"].get("lora", {})))
     return model
@@ -87,22 +226,27 @@ def is_checkpoint(path: Path) -> bool:
     return path.parent.name == "checkpoints" and (path / "state.json").is_file()
 
 
-def run_folder(model: Path) -> Path:
-    """The run that a model belongs to; the model's own folder where it belongs to none."""
-    if is_checkpoint(model):
-        return model.parent.parent
-    return model.parent if model.name == "model" and (model.parent / "config.yaml").exists() else model
+def results_folder(name: str) -> Path:
+    """Where the results of a model go: eval/ of its run or of its own folder; for one that is no folder, results/."""
+    path = Path(name)
+    if is_checkpoint(path):
+        return path.parent.parent / "eval"
+    if not path.is_dir():
+        return Path("results") / "".join(c if c.isalnum() or c in "._-@" else "_" for c in name)
+    return (path.parent if path.name == "model" and (path.parent / "config.yaml").exists() else path) / "eval"
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Write the results, whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
-        raise UserError(
-            f"the results cannot be written to {path} ({error.strerror}); give another `out`"
-        ) from None
+def precision(name: str) -> Any:
+    """The context in which the towers compute."""
+    if name == "fp32":
+        return nullcontext()
+    return torch.autocast(distributed.device().type, dtype=torch.bfloat16)
+
+
+def note(text: str, end: str = "\n") -> None:
+    """Say how far the suite is, once."""
+    if distributed.is_main():
+        print(text, end=end, flush=True)
 
 
 if __name__ == "__main__":

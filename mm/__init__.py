@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import mm.losses as losses
     import mm.metrics as metrics
-    from mm.models.folder import load_model as load
+    from mm.models.opening import open_model as load
 
 __all__ = ["load", "losses", "metrics"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        return importlib.import_module("mm.models.folder").load_model
+        return importlib.import_module("mm.models.opening").open_model
     if name in ("losses", "metrics"):
         return importlib.import_module(f"mm.{name}")
     raise AttributeError(f"module 'mm' has no attribute {name!r}")

@@ -18,6 +18,7 @@ HELP = """usage: mm COMMAND ...
   mm data filter SHARDS ... out=FOLDER  leave out what rules, near duplicates, a model or balancing say
   mm data plan SHARDS ... batch=N       what a run will read, cache and mix, before it is started
   mm report RUN                         write the page RUN/report.html again
+  mm export RUN format=... out=FOLDER   a model for open_clip, transformers or ONNX, proven equal
 
 mm COMMAND --help says more about each and lists its keys. Training and evaluation are programs of their own:
   python -m train.pretrain --help       python -m eval.suite --help
@@ -53,7 +54,7 @@ def dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
         return
-    _pick({"data": data, "report": report}, argv[0], "command")(argv[1:])
+    _pick({"data": data, "report": report, "export": export}, argv[0], "command")(argv[1:])
 
 
 def data(argv: list[str]) -> None:
@@ -118,6 +119,19 @@ def report(argv: list[str]) -> None:
     from mm.report import write
 
     print(write(Path(argv[0]).expanduser()))
+
+
+def export(argv: list[str]) -> None:
+    """`mm export RUN format=... out=FOLDER [key=value ...]`."""
+    from mm.config import parse
+    from mm.export import ExportConfig, run
+
+    models = [word for word in argv if not word.startswith("-") and "=" not in word and word[-5:] != ".yaml"]
+    if len(models) > 1:
+        raise UserError(f"mm export takes one model, and was given {len(models)}: {' '.join(models)}")
+    named = [f"model={json.dumps(word)}" for word in models]
+    rest = [word for word in argv if word not in models]
+    run(parse(ExportConfig, [*rest, *named], "mm export RUN"))
 
 
 def _pick(

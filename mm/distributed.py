@@ -18,6 +18,7 @@ from torch import Tensor
 from mm.errors import UserError
 
 _by_itself = False
+_waits = 0  # how often the others waited for rank 0
 
 
 def start(timeout_s: float = 1800) -> None:
@@ -175,16 +176,33 @@ def from_main(action: Callable[[], Any]) -> Any:
 
 
 def on_main(action: Callable[[], object]) -> None:
-    """Do something on rank 0 while the others wait; its UserError is raised on all ranks. Collective."""
+    """Do something on rank 0 while the others wait; its UserError is raised on all ranks. Collective.
+
+    It may take longer than a collective may: the others wait at the launcher's store, which has no such limit.
+    """
     trouble = None
     if is_main():
         try:
             action()
         except UserError as error:
             trouble = str(error)
+    _wait_for_main()
     trouble = broadcast_object(trouble)
     if trouble is not None:
         raise UserError(trouble)
+
+
+def _wait_for_main() -> None:
+    """Until rank 0 comes here too."""
+    global _waits
+    if world_size() == 1:
+        return
+    _waits += 1
+    store, key = dist.distributed_c10d._get_default_store(), f"mm/on_main/{_waits}"
+    if rank() == 0:
+        store.set(key, "done")
+    else:
+        store.wait([key], timedelta(days=30))
 
 
 class _AllGather(torch.autograd.Function):

@@ -31,13 +31,17 @@ def classifier(
 
     `encode` turns N texts into (N, D) unit rows. It is called once, with every distinct prompt once.
     """
-    prompts = [prompt(template, name) for template in templates for name in names]
-    place = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
+    return of_prompts([[prompt(template, name) for template in templates] for name in names], encode)
+
+
+def of_prompts(prompts: Sequence[Sequence[str]], encode: Callable[[list[str]], Tensor]) -> Tensor:
+    """As `classifier`, of classes with prompts of their own, one or more each (CuPL, Pratt et al. 2023)."""
+    rounds = [[c for c, some in enumerate(prompts) if k < len(some)] for k in range(max(map(len, prompts)))]
+    texts = dict.fromkeys(prompts[c][k] for k, classes in enumerate(rounds) for c in classes)
+    place = {text: i for i, text in enumerate(texts)}
     rows = encode(list(place))
-    of_prompt = torch.tensor([place[text] for text in prompts], device=rows.device).view(
-        len(templates), len(names)
-    )
-    total = torch.zeros(len(names), rows.shape[1], dtype=rows.dtype, device=rows.device)
-    for indices in of_prompt:  # a template at a time: never (C, T, D) at once
-        total += rows[indices]
-    return F.normalize(total / len(templates), dim=1)
+    total = torch.zeros(len(prompts), rows.shape[1], dtype=rows.dtype, device=rows.device)
+    for k, classes in enumerate(rounds):  # a prompt of each class at a time: never (C, T, D) at once
+        total[classes] += rows[[place[prompts[c][k]] for c in classes]]
+    counts = torch.tensor([len(some) for some in prompts], device=rows.device)
+    return F.normalize(total / counts[:, None], dim=1)

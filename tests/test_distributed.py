@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,20 @@ def test_failures_of_ranks_are_seen():
         run_ranks(die_on_rank_one, 2)
     with pytest.raises(RankFailed, match="did not end"):
         run_ranks(never_end, 2, timeout_s=3)
+
+
+def wait_long():
+    import torch.distributed as dist
+
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+    told = []
+    distributed.on_main(lambda: (time.sleep(5), told.append(1)))
+    slow = distributed.from_main(lambda: time.sleep(4) or ["done", distributed.rank()])
+    rows = distributed.broadcast(torch.full((2, 3), 7.0) if distributed.rank() == 0 else None)
+    return len(told), slow, rows.tolist()
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_a_collective():
+    found = run_ranks(wait_long, 2)
+    assert [told for told, _, _ in found] == [1, 0]
+    assert all(slow == ["done", 0] and rows == [[7.0] * 3] * 2 for _, slow, rows in found)

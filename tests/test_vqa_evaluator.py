@@ -1,9 +1,11 @@
-"""Questions, statements, classes and captions by heads: figures against plain loops, the same on any ranks."""
+"""Questions, statements, classes and captions: figures against plain loops, the same bits on any ranks."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from mm import metrics
 from mm.answers import VocabularyConfig
@@ -12,11 +14,14 @@ from mm.errors import UserError
 from mm.evaluators import (
     ClassificationConfig,
     VqaConfig,
+    answerers,
     evaluate,
 )
 from mm.evaluators.captioning import CaptioningConfig
+from mm.evaluators.choice import ChoiceConfig
 from mm.evaluators.entailment import EntailmentConfig
 from mm.evaluators.task import TaskConfig
+from mm.evaluators.yes_no import YesNoConfig
 from mm.fusion import FusionConfig
 from mm.models.decoder import DecoderConfig
 from mm.models.fused import Fused
@@ -26,8 +31,9 @@ from mm.tasks.entailment import EntailmentTaskConfig
 from mm.tasks.open_vqa import OpenVqaTaskConfig
 from mm.tasks.registry import TASKS
 from mm.tasks.vqa import VqaTaskConfig
-from tests import tiny
+from tests import test_choice, test_yes_no, tiny
 from tests.dist import run_ranks
+from tests.test_choice import Scattered
 
 FUSION = FusionConfig(width=16, heads=2, layers=1)
 DECODER = DecoderConfig(width=16, heads=2, layers=1, length=4)
@@ -46,6 +52,8 @@ def folder(tmp_path_factory):
     tiny.labelled(root / "labels", 21)
     tiny.statements(root / "statements", 19)
     tiny.captioned(root / "captions", 13)
+    tiny.write(root / "choices", test_choice.samples(3, 9))
+    test_yes_no.polls(root / "polls", 3, 29)
     return root
 
 
@@ -74,10 +82,20 @@ def sets(folder):
     }
 
 
+def sets_for_towers(folder):
+    common = {"batch": 6, "workers": 0}
+    return {
+        "choices": ChoiceConfig(data=str(folder / "choices"), by="json:tag", **common),
+        "polls": YesNoConfig(data=str(folder / "polls"), by="json:category", **common),
+        "halves": YesNoConfig(data=str(folder / "polls"), decide_by="median", **common),
+        "ranked": VqaConfig(data=str(folder / "questions"), prior=0.5, **common),
+    }
+
+
 def figures_of(folder):
     torch.set_num_threads(1)
     model, tasks = fused(folder, *CONFIGS)
-    return evaluate(model, sets(folder), tasks)
+    return evaluate(model, sets(folder), tasks) | evaluate(Scattered(), sets_for_towers(folder))
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +234,7 @@ def test_a_writer_answers_freely_or_from_candidates(folder, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (VqaConfig(data="x"), "has no WritingHead; its heads are: classes"),
+        (VqaConfig(data="x", head="y"), "has no WritingHead 'y'; its heads are: classes"),
         (EntailmentConfig(data="x", head="y"), "has no MatchingHead 'y'"),
         (TaskConfig(data="x"), "no task 'main' to evaluate; known: none"),
     ],
@@ -225,3 +243,132 @@ def test_a_head_that_is_not_there_is_named(folder, config, message):
     model, _ = fused(folder, "labels")
     with pytest.raises(UserError, match=message):
         evaluate(model, {"set": config.model_copy(update={"data": str(folder / "questions")})})
+
+
+def asked(count, **choices):
+    """Questions of three texts about a few pictures, some with choices of their own."""
+    rows = []
+    for i in range(count):
+        about = {"question": f"what is thing {i % 3}?", "image_id": i % 7, "answers": [tiny.NAMES[i % 4]]}
+        if "size" in choices:
+            about["choices"] = [tiny.NAMES[(i + j) % 4] for j in range(choices["size"] + i % 2)]
+        rows.append(tiny.question(i % 7, **about))
+    return rows
+
+
+def ranked_plainly(model, rows, candidates, prompt="Question: {q} Answer: {a}", prior=0.0):
+    """The answer to each question, one text after the other."""
+    told = [json.loads(row["json"]) for row in rows]
+    distinct = {row["png"]: model.rows([row["png"]], ["x"])[0][0] for row in rows}
+    mean = torch.stack(list(distinct.values())).mean(0)
+    said = []
+    for row, about in zip(rows, told, strict=True):
+        own = candidates or about["choices"]
+        filled = [prompt.replace("{q}", about["question"]).replace("{a}", answer) for answer in own]
+        image, text = model.rows([row["png"]], filled)
+        said.append(own[int((text @ (image[0] - prior * mean)).argmax())])
+    return said
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"prior": 0.5},
+        {"prior": 1.0, "prompt": "{a} is the answer to {q}"},
+        {"prompt": "it is {a}"},
+        {"most_candidates": 3},
+        {"own": True},
+        {"file": ["red", "a red", "white", "blue and white", "none"]},
+    ],
+    ids=str,
+)
+def test_towers_rank_answers_as_a_plain_loop_does(tmp_path, values, seed, monkeypatch):
+    monkeypatch.setattr(answerers, "BLOCK", 5)  # a question or two
+    rows = asked(40, size=2) if "own" in values else asked(40)
+    data = tiny.write(tmp_path / "set", rows)
+    counts = {"white": 3, "blue": 9, "green": 9, "red": 11, "two words": 1}
+    (data / "answers.json").write_text(json.dumps(counts))
+    candidates = ["red", "blue", "green", "white", "two words"]
+    given = {key: value for key, value in values.items() if key not in ("own", "file")}
+    if "own" in values:
+        candidates = None
+    if "file" in values:
+        candidates = values["file"]
+        given["candidates"] = tmp_path / "answers.txt"
+        given["candidates"].write_text("\n".join(candidates))
+    candidates = candidates and candidates[: values.get("most_candidates")]
+    model = Scattered(seed)
+    config = VqaConfig(data=str(data), batch=4, workers=0, submission=tmp_path / "said.json", **given)
+    found = evaluate(model, {"set": config})["set"]
+    assert model.seen("image") == 7, "equal images are embedded once"
+    if candidates:
+        assert model.seen("text") == len(candidates) * (3 if "{q}" in config.prompt else 1), "each text once"
+    plain = {key: value for key, value in given.items() if key in ("prompt", "prior")}
+    said = ranked_plainly(model, rows, candidates, **plain)
+    assert [row["answer"] for row in json.loads((tmp_path / "said.json").read_text())] == said
+    told = [json.loads(row["json"]) for row in rows]
+    scores = [metrics.vqa_accuracy(text, one["answers"]) for text, one in zip(said, told, strict=True)]
+    assert found["accuracy"] == pytest.approx(sum(scores) / len(scores)) and 0 < sum(scores) < len(scores)
+    lists = [candidates or one["choices"] for one in told]
+    right = [
+        [metrics.vqa_accuracy(answer, one["answers"]) for answer in some]
+        for some, one in zip(lists, told, strict=True)
+    ]
+    assert found["chance"] == pytest.approx(sum(sum(one) / len(one) for one in right) / len(right))
+    assert found["in_vocabulary"] == pytest.approx(sum(max(one) > 0 for one in right) / len(right))
+    assert (found["samples"], found["bad"], found["majority"]) == (40, 0, 10 / 40)
+
+
+def test_the_first_of_equal_candidates_is_taken_and_a_prior_takes_the_common_answer_away(tmp_path):
+    class Constant(Scattered):
+        def forward(self, images=None, input_ids=None, mask=None):
+            output = super().forward(images, input_ids, mask)
+            parts = {"image": output.image, "text": output.text}
+            return output._replace(**{k: v if v is None else torch.ones_like(v) for k, v in parts.items()})
+
+    data = tiny.write(tmp_path / "set", asked(8, size=3))
+    told = [row["choices"][0] for row in (json.loads(one["json"]) for one in asked(8, size=3))]
+    answers = [tiny.NAMES[i % 4] for i in range(8)]
+    figures = evaluate(Constant(), {"set": VqaConfig(data=str(data), workers=0)})["set"]
+    assert figures["accuracy"] == sum(a == b for a, b in zip(told, answers, strict=True)) / 8
+    rows = asked(40)
+    data = tiny.write(tmp_path / "more", rows)
+    (data / "answers.json").write_text(json.dumps(dict.fromkeys(tiny.NAMES, 1)))
+    said = {}
+    for prior in (0.0, 1.0):
+        file = tmp_path / f"{prior}.json"
+        evaluate(Scattered(1), {"set": VqaConfig(data=str(data), workers=0, prior=prior, submission=file)})
+        said[prior] = Counter(row["answer"] for row in json.loads(file.read_text()))
+    assert said[0.0] != said[1.0]
+
+
+def test_questions_without_candidates_are_bad_and_too_many_texts_refused(tmp_path):
+    rows = [*asked(4, size=2), *asked(3)]
+    data = str(tiny.write(tmp_path / "mixed", rows))
+    found = evaluate(Scattered(), {"set": VqaConfig(data=data, workers=0)})["set"]
+    assert (found["samples"], found["bad"]) == (4, 3)
+    for number, choices in enumerate(([], "red", [1], [" "], {})):
+        odd = str(tiny.write(tmp_path / str(number), [tiny.question(0, choices=choices)]))
+        with pytest.raises(UserError, match="000000: choices are not a list of text"):
+            evaluate(Scattered(), {"set": VqaConfig(data=odd, workers=0)})
+    frames = {"0000.png": rows[0]["png"], "0001.png": rows[1]["png"], "json": rows[0]["json"]}
+    video = str(tiny.write(tmp_path / "video", [frames]))
+    with pytest.raises(UserError, match="000000: 2 images, where a question is about one"):
+        evaluate(Scattered(), {"set": VqaConfig(data=video, workers=0)})
+    bare = str(tiny.write(tmp_path / "bare", asked(3)))
+    with pytest.raises(UserError, match="no `choices` in its json, and no candidates: name a file"):
+        evaluate(Scattered(), {"set": VqaConfig(data=bare, workers=0)})
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(map(str, range(11))))
+    many = VqaConfig(data=bare, workers=0, candidates=names, most_texts=32)
+    message = "3 distinct questions with their candidates are 33 texts, more than most_texts=32"
+    with pytest.raises(UserError, match=message):
+        evaluate(Scattered(), {"set": many})
+    evaluate(Scattered(), {"set": many.model_copy(update={"most_texts": 33})})
+    with pytest.raises(ValidationError, match="has no place for the answer; write {a} where it goes"):
+        VqaConfig(data="x", prompt="{q}")
+    (tmp_path / "bare/answers.json").write_text("[]")
+    with pytest.raises(UserError, match=r"answers\.json: not an object"):
+        evaluate(Scattered(), {"set": VqaConfig(data=bare, workers=0)})

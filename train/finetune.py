@@ -27,6 +27,7 @@ from mm.models.adapt import ImageAdaptation, TextAdaptation, adapt
 from mm.models.folder import Model, load_model
 from mm.models.fused import Fused, go_on_with_heads
 from mm.models.heads import Head
+from mm.models.opening import open_model
 from mm.models.two_tower import TwoTowerConfig, build_two_tower
 from mm.run import METRICS, open_run
 from mm.tasks.registry import TASKS, TaskConfig
@@ -75,8 +76,8 @@ class ShotsConfig(Config):
 
 
 class FinetuneConfig(RunConfig):
-    model: Path | None = None
-    """What to start from: a run, its model/ folder, or an exported folder."""
+    model: str | None = None
+    """What to start from: a run, its model/ folder, an exported folder, open_clip:NAME@TAG, transformers:NAME."""
     towers: TwoTowerConfig | None = None
     """In place of `model`: towers by name, with their published weights or random ones, as in pretraining."""
     scratch: bool = False
@@ -134,7 +135,7 @@ def main(argv: list[str]) -> None:
 
     data = choose_shots(config.data, config.shots, run / "shots")
     torch.manual_seed(config.seed)
-    source = load_model(config.model) if config.model else build_two_tower(config.towers or TwoTowerConfig())
+    source = open_model(config.model) if config.model else build_two_tower(config.towers or TwoTowerConfig())
     towers = adapt(source.towers, config.image, config.text, config.video, config.scratch).to(
         distributed.device()
     )

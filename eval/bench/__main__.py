@@ -11,6 +11,7 @@ import torch
 from eval.bench import (
     coverage,
     decode_speed,
+    evaluation,
     loader,
     mixing,
     open_clip_parity,
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
     rows += loader.measure(loader.LoaderConfig())
     rows += coverage.measure(coverage.CoverageConfig())
     rows += mixing.measure(mixing.MixingConfig())
+    rows += evaluation.measure(evaluation.EvaluationConfig())
     rows += video_decode.measure(video_decode.VideoDecodeConfig())
     rows += video.measure(video.VideoBenchConfig())
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}")

@@ -22,6 +22,11 @@ PACKAGES = {
     # its webdataset would replace ours, and we have no use for pandas
     "open_clip": ("webdataset==0.2.86", "braceexpand==0.1.7", "pandas==3.1.1"),
     "webdataset": ("webdataset==1.0.2", "braceexpand==0.1.7"),
+    # its accuracy needs a numpy that still takes an array of one number for a number; the rest its command imports
+    "clip_benchmark": (
+        "clip-benchmark==1.6.2", "numpy==2.3.5", "certifi==2026.10.18", "charset-normalizer==3.5.3",
+        "requests==2.34.2", "urllib3==2.8.0",
+    ),
     "streaming": (
         "mosaicml-streaming==0.13.0", "Brotli==1.2.1", "catalogue==2.0.10", "cramjam==2.14.0",
         "python-snappy==0.7.3", "xxhash==4.1.0", "zstd==1.5.7.2",

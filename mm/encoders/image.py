@@ -1,4 +1,4 @@
-"""Image encoders: any timm network by name; `open_clip:NAME` leads to `mm.encoders.open_clip`."""
+"""Image encoders: any timm network by name; `open_clip:` and `transformers:` lead to their own modules."""
 
 import copy
 import difflib
@@ -22,6 +22,7 @@ from mm.encoders.weights import from_hub, load_strictly, read_weights, tower_of_
 from mm.errors import UserError
 
 OPEN_CLIP = "open_clip:"
+TRANSFORMERS = "transformers:"
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 ResizeMode = Literal["shortest", "longest", "squash"]
 
@@ -30,7 +31,7 @@ class ImageConfig(Config):
     """The image tower."""
 
     name: str = "vit_base_patch16_224"
-    """A timm network, or open_clip:NAME, open_clip:/path/to/config.json."""
+    """A timm network, or open_clip:NAME, open_clip:/path/to/config.json, transformers:NAME (a dual encoder)."""
     size: int | None = None
     """Height and width of its input in pixels; null: what the network was made for."""
     pretrained: bool | str = False
@@ -144,7 +145,7 @@ def fit_timm(network: nn.Module, state: Mapping[str, Tensor], prefix: str = "") 
     own = network.state_dict()
     for name in inner.keys() & own.keys():
         if name.endswith("pos_embed") and own[name].ndim == 3 and inner[name].shape != own[name].shape:
-            inner[name] = _resized(inner[name], own[name].shape[1])
+            inner[name] = resized_positions(inner[name], own[name].shape[1])
     return outer | {prefix + name: value for name, value in inner.items()}
 
 
@@ -156,10 +157,10 @@ def check_size(encoder: ImageEncoder, network: nn.Module) -> None:
         check_multiple(size, patches.stride[0], name)
     if size == network.default_cfg["input_size"][-1]:  # type: ignore[index]
         return
-    trouble = _trouble(encoder)
-    if trouble is not None:
+    found = trouble(encoder)
+    if found is not None:
         fit = " or ".join(str(other) for other in _sizes_that_fit(encoder)) or "the size it was made for"
-        raise UserError(f"size {size} does not fit {name}{trouble and f' ({trouble})'}; use {fit}")
+        raise UserError(f"size {size} does not fit {name}{found and f' ({found})'}; use {fit}")
 
 
 def check_multiple(size: int, patch: int, name: str) -> None:
@@ -181,6 +182,10 @@ def build_image_encoder(config: ImageConfig) -> ImageEncoder:
         from mm.encoders.open_clip import build_open_clip_image
 
         encoder: ImageEncoder = build_open_clip_image(config)
+    elif config.name.startswith(TRANSFORMERS):
+        from mm.encoders.transformers_clip import build_transformers_image
+
+        encoder = build_transformers_image(config)
     else:
         encoder = _build_timm(config)
     if config.frozen_batchnorm:
@@ -193,8 +198,13 @@ def build_image_encoder(config: ImageConfig) -> ImageEncoder:
 def image_encoder(spec: dict[str, Any]) -> ImageEncoder:
     """The encoder of a `spec`, with random weights: needs no file and no network."""
     from mm.encoders.open_clip import OpenClipImageEncoder
+    from mm.encoders.transformers_clip import TransformersImageEncoder
 
-    kinds: dict[str, type[ImageEncoder]] = {"timm": TimmEncoder, "open_clip": OpenClipImageEncoder}
+    kinds: dict[str, type[ImageEncoder]] = {
+        "timm": TimmEncoder,
+        "open_clip": OpenClipImageEncoder,
+        "transformers": TransformersImageEncoder,
+    }
     return kinds[spec["kind"]](spec)  # type: ignore[call-arg,arg-type]
 
 
@@ -262,7 +272,7 @@ def _create(spec: dict[str, Any], pretrained: bool = False) -> nn.Module:
         raise UserError(f"timm cannot make {spec['name']} with {given}: {error}") from error
 
 
-def _resized(positions: Tensor, length: int) -> Tensor:
+def resized_positions(positions: Tensor, length: int) -> Tensor:
     """Positions (1, L, D) on a square grid, after those of class tokens, as `length` of them."""
     from timm.layers import resample_abs_pos_embed
 
@@ -274,8 +284,8 @@ def _resized(positions: Tensor, length: int) -> Tensor:
     return positions
 
 
-def _trouble(encoder: ImageEncoder) -> str | None:
-    """What goes wrong on an image of the encoder's size."""
+def trouble(encoder: ImageEncoder) -> str | None:
+    """What goes wrong on an image of the encoder's size, None where nothing does."""
     training = encoder.training
     try:
         with torch.no_grad():
@@ -296,7 +306,7 @@ def _sizes_that_fit(encoder: ImageEncoder) -> list[int]:
     ):
         for size in islice(sizes, 4):
             with suppress(UserError):
-                if _trouble(image_encoder(encoder.respecified(size=size))) is None:
+                if trouble(image_encoder(encoder.respecified(size=size))) is None:
                     found.append(size)
                     break
     return found

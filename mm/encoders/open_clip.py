@@ -1,33 +1,35 @@
 """Towers, tokenizers and preprocessing of open_clip: `open_clip:NAME`, or :CONFIG.json, or :FOLDER.
 
-A tower gives open_clip's own output (its projection included), so two of them with `projection: none` are the
-model that open_clip builds (Ilharco et al. 2021, https://github.com/mlfoundations/open_clip).
+A tower gives open_clip's own output (its projection included), so two of them with `projection: none` are the model
+that open_clip builds (Ilharco et al. 2021, https://github.com/mlfoundations/open_clip), or the two contrastive towers
+of a CoCa (Yu et al. 2022, arXiv:2205.01917).
 """
 
-import copy
-import difflib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from types import MethodType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import open_clip
 import torch.nn.functional as F
-from open_clip import factory
 from open_clip import model as towers
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer
-from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 from mm.encoders import Features
-from mm.encoders.image import OPEN_CLIP, ImageConfig, ImageEncoder, check_multiple, check_size, fit_timm
-from mm.encoders.text import TextConfig, TextEncoder, check_context
+from mm.encoders.image import ImageConfig, ImageEncoder, check_multiple, check_size, fit_timm
+from mm.encoders.open_clip_source import (
+    HfText,
+    Source,
+    find_source,
+    hf_values,
+    load_whole,
+    text_tower,
+    vision_tower,
+)
+from mm.encoders.text import DROPOUTS, TextConfig, TextEncoder, check_context
 from mm.encoders.timm_trunk import parameter_groups, pooled_and_tokens
 from mm.encoders.tokenizer import OpenClipTokenizer
 from mm.encoders.tower import layers_around_blocks
@@ -35,20 +37,11 @@ from mm.encoders.weights import from_hub, weights_file
 from mm.errors import UserError
 
 
-class _Source(NamedTuple):
-    """What a name stands for."""
-
-    name: str
-    model: dict[str, Any]
-    preprocess: dict[str, Any]
-    checkpoint: Path | None
-
-
 class OpenClipImageEncoder(ImageEncoder):
     """The image tower of an open_clip model."""
 
     def __init__(self, spec: dict[str, Any], visual: nn.Module | None = None) -> None:
-        trunk = _tower(spec, towers._build_vision_tower, "vision_cfg") if visual is None else visual
+        trunk = vision_tower(spec["model"], spec["name"]) if visual is None else visual
         if isinstance(trunk, TimmModel) and hasattr(trunk.trunk, "set_input_size"):
             trunk.set_input_size(spec["size"])
         if spec["checkpointing"]:
@@ -61,7 +54,7 @@ class OpenClipImageEncoder(ImageEncoder):
         elif isinstance(trunk, ModifiedResNet):
             trunk.forward = MethodType(_resnet_forward, trunk)
         else:
-            trunk.output_tokens = True  # type: ignore[assignment]
+            trunk.output_tokens = True
         super().__init__(trunk, width=spec["model"]["embed_dim"], spec=spec)
 
     def layers(self) -> list[list[str]]:
@@ -117,19 +110,20 @@ class OpenClipTextEncoder(TextEncoder):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.trunk = _tower(spec, towers._build_text_tower, "text_cfg") if trunk is None else trunk
+        self.trunk = text_tower(spec["model"], spec.get("hf"), spec["name"]) if trunk is None else trunk
         self.tokenizer = tokenizer
         self.width = spec["model"]["embed_dim"]
         config = spec["model"]["text_cfg"]
         self.positions = self.trunk.context_length  # type: ignore[assignment]
-        self.trimmable = (
+        self.trimmable = isinstance(self.trunk, HfText) or (
             not config.get("hf_tokenizer_name")
             and not config.get("no_causal_mask")
             and not config.get("embed_cls")
             and config.get("pool_type", "argmax") in ("argmax", "eos", "first")
         )
-        self.trunk.output_tokens = True  # type: ignore[assignment]
-        self.trunk._embeds = MethodType(_embeds, self.trunk)  # type: ignore[assignment]
+        if not isinstance(self.trunk, HfText):
+            self.trunk.output_tokens = True
+            self.trunk._embeds = MethodType(_embeds, self.trunk)
         if spec["checkpointing"]:
             self.trunk.set_grad_checkpointing(True)  # type: ignore[operator]
 
@@ -143,14 +137,19 @@ class OpenClipTextEncoder(TextEncoder):
         return Features(pooled, tokens, mask)
 
     def layers(self) -> list[list[str]]:
+        if isinstance(self.trunk, HfText):
+            return self.trunk.layers("trunk.")
         first = ("token_embedding.", "positional_embedding", "cls_emb")
         groups = layers_around_blocks(self.trunk, first, ("ln_final.", "text_projection"))
         return [[f"trunk.{name}" for name in group] for group in _projection_apart(groups, "text_projection")]
 
     def respecified(self, *, dropout: float | None = None, **given: Any) -> dict[str, Any]:
+        spec = super().respecified(**given)
+        if dropout is not None and "hf" not in spec:
+            raise UserError(f"dropout cannot be chosen for {spec['name']}: it has its own JSON config")
         if dropout is not None:
-            raise UserError(f"dropout cannot be chosen for {self.spec['name']}: it has its own JSON config")
-        return super().respecified(**given)
+            spec["hf"] |= {key: dropout for key in DROPOUTS if key in spec["hf"]}
+        return spec
 
     def with_spec(self, spec: dict[str, Any]) -> "OpenClipTextEncoder":
         length, words = spec["context_length"], self.tokenizer
@@ -165,13 +164,47 @@ def build_open_clip_image(config: ImageConfig) -> OpenClipImageEncoder:
         raise UserError(
             f"pooling, drop_path and kwargs belong to timm models; {config.name} has its own JSON config"
         )
-    source = _source(config.name, config.pretrained)
+    return _image(config, find_source(config.name, config.pretrained))
+
+
+def build_open_clip_text(config: TextConfig) -> OpenClipTextEncoder:
+    """The text tower that `config` names, with its weights and tokenizer."""
+    own = ("layers", "width", "heads", "dropout", "tokenizer")
+    given = [key for key in own if getattr(config, key) is not None]
+    if given or config.pooling != "auto":
+        raise UserError(
+            f"{', '.join(given) or 'pooling'} cannot be chosen for {config.name}: it has its own JSON config"
+        )
+    return _text(config, find_source(config.name, config.pretrained))
+
+
+def open_towers(
+    name: str, pretrained: bool | str, weights: str | None = None
+) -> tuple[OpenClipImageEncoder, OpenClipTextEncoder, float, float | None]:
+    """Both towers with the weights of a whole model, the logarithm of its scale, and its bias if it has one.
+
+    pretrained: a tag, or true for what lies beside a config; weights: a file instead.
+    """
+    source = find_source(name, pretrained)
+    path = weights_file(weights) if weights else source.checkpoint
+    assert path is not None
+    whole = load_whole(source, path)
+    return (
+        _image(ImageConfig(name=name), source, whole),
+        _text(TextConfig(name=name), source, whole),
+        whole.logit_scale.item(),
+        None if whole.logit_bias is None else whole.logit_bias.item(),
+    )
+
+
+def _image(config: ImageConfig, source: Source, whole: Any = None) -> OpenClipImageEncoder:
     vision = source.model["vision_cfg"]
     trained_size = vision.get("image_size", 224)
     trained_size = trained_size if isinstance(trained_size, int) else trained_size[0]
     size = config.size or trained_size
     _change(vision, config.name, size=size, patch_dropout=config.patch_dropout or None)
-    if isinstance(vision.get("layers"), list) and size != trained_size and _weights(config, source):
+    path = weights_file(config.weights) if config.weights else source.checkpoint
+    if isinstance(vision.get("layers"), list) and size != trained_size and path:
         raise UserError(
             f"size {size} does not fit the trained {config.name}: its pooling needs {trained_size}"
         )
@@ -189,35 +222,32 @@ def build_open_clip_image(config: ImageConfig) -> OpenClipImageEncoder:
         or source.preprocess["interpolation"].replace("random", "bicubic"),
         "resize_mode": config.resize_mode or source.preprocess["resize_mode"],
     }
-    path = _weights(config, source)
-    return OpenClipImageEncoder(spec, _load_both(source, path).visual if path else None)
+    if whole is None and path:
+        whole = load_whole(source, path)
+    return OpenClipImageEncoder(spec, None if whole is None else whole.visual)
 
 
-def build_open_clip_text(config: TextConfig) -> OpenClipTextEncoder:
-    """The text tower that `config` names, with its weights and tokenizer."""
-    own = ("layers", "width", "heads", "dropout", "tokenizer")
-    given = [key for key in own if getattr(config, key) is not None]
-    if given or config.pooling != "auto":
-        raise UserError(
-            f"{', '.join(given) or 'pooling'} cannot be chosen for {config.name}: it has its own JSON config"
-        )
-    source = _source(config.name, config.pretrained)
-    text = source.model["text_cfg"]
-    spec = {
+def _text(config: TextConfig, source: Source, whole: Any = None) -> OpenClipTextEncoder:
+    hf = hf_values(source)
+    spec: dict[str, Any] = {
         "kind": "open_clip",
         "name": config.name,
         "model": {
             key: source.model[key] for key in ("embed_dim", "text_cfg", "quick_gelu") if key in source.model
         },
-        "context_length": config.context_length or text.get("context_length", 77),
         "checkpointing": config.checkpointing,
+        **({} if hf is None else {"hf": hf}),
     }
-    check_context(config.context_length, text.get("context_length", 77), config.name)
-    folder = source.checkpoint.parent if source.checkpoint is not None else None
+    path = weights_file(config.weights) if config.weights else source.checkpoint
+    if whole is None and path:
+        whole = load_whole(source, path)
+    trunk = text_tower(spec["model"], hf, config.name) if whole is None else whole.text
+    check_context(config.context_length, trunk.context_length, config.name)
+    usual = source.model["text_cfg"].get("context_length", 77)
+    spec["context_length"] = config.context_length or min(usual, trunk.context_length)
     with from_hub(f"the tokenizer of {config.name}"):
-        tokenizer = load_tokenizer(spec, folder)
-    path = _weights(config, source)
-    return OpenClipTextEncoder(spec, tokenizer, _load_both(source, path).text if path else None)
+        tokenizer = load_tokenizer(spec, source.folder)
+    return OpenClipTextEncoder(spec, tokenizer, trunk)
 
 
 def load_tokenizer(spec: dict[str, Any], folder: Path | None) -> OpenClipTokenizer:
@@ -229,74 +259,18 @@ def load_tokenizer(spec: dict[str, Any], folder: Path | None) -> OpenClipTokeniz
     name = config.get("hf_tokenizer_name")
     if not name:
         return OpenClipTokenizer(open_clip.SimpleTokenizer(context_length=length, **arguments), length)
-    local = folder is not None and (folder / "tokenizer.json").is_file()
+    local = (
+        []
+        if folder is None
+        else [one for one in (folder, folder / name) if (one / "tokenizer.json").is_file()]
+    )
     backend = HFTokenizer(
-        str(folder) if local else name,
+        str(local[0]) if local else name,
         context_length=length,
         tokenizer_mode=config.get("tokenizer_mode"),
         **arguments,
     )
     return OpenClipTokenizer(backend, length)
-
-
-def _source(name: str, pretrained: bool | str) -> _Source:
-    target = name.removeprefix(OPEN_CLIP)
-    path = Path(target).expanduser()
-    preprocess = vars(PreprocessCfg()).copy()
-    checkpoint: Path | None = None
-    if path.suffix == ".json" or path.is_dir():
-        file = path / "open_clip_config.json" if path.is_dir() else path
-        if not file.is_file():
-            raise UserError(f"there is no open_clip config {str(file)!r}")
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON: {error}") from error
-        model = content.get("model_cfg", content)
-        preprocess |= {
-            key: value for key, value in content.get("preprocess_cfg", {}).items() if value is not None
-        }
-        if path.is_dir():
-            found = factory._find_checkpoint_in_dir(path)
-            checkpoint = Path(found) if found else None
-        if pretrained and checkpoint is None:
-            raise UserError(f"there are no weights beside {str(file)!r}; give them as weights: FILE")
-    else:
-        target = target.replace("/", "-")
-        model = open_clip.get_model_config(target)
-        if model is None:
-            close = difflib.get_close_matches(target, open_clip.list_models(), n=4)
-            advice = f"closest: {', '.join(close)}" if close else "open_clip.list_models() has all names"
-            raise UserError(f"there is no open_clip model {target!r}; {advice}")
-        checkpoint = _published(target, pretrained, model, preprocess)
-    if not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
-        raise UserError(f"{name} is not an open_clip config: it needs embed_dim, vision_cfg and text_cfg")
-    model = copy.deepcopy(model)
-    if "multimodal_cfg" in model:
-        raise UserError(f"{name} is a CoCa model, which cannot be read; choose a CLIP or SigLIP model")
-    if model["text_cfg"].get("hf_model_name"):
-        other = model["text_cfg"]["hf_model_name"]
-        raise UserError(
-            f"the text tower of {name} is a transformers model: use text.name={other} instead of open_clip"
-        )
-    if model["vision_cfg"].get("timm_model_name"):
-        model["vision_cfg"]["timm_model_pretrained"] = False
-    return _Source(name, model, preprocess, checkpoint if pretrained else None)
-
-
-def _published(
-    target: str, pretrained: bool | str, model: dict[str, Any], preprocess: dict[str, Any]
-) -> Path | None:
-    if not pretrained:
-        return None
-    published = get_pretrained_cfg(target, pretrained) if isinstance(pretrained, str) else {}
-    if not published:
-        tags = ", ".join(list_pretrained_tags_by_model(target)) or "none"
-        raise UserError(f"pretrained: {pretrained} is not a tag of {target}; it has {tags}")
-    preprocess |= {key: published[key] for key in preprocess if published.get(key) is not None}
-    model["quick_gelu"] = bool(published.get("quick_gelu", False))
-    with from_hub(f"the weights {pretrained} of {target}"):
-        return Path(download_pretrained(published))
 
 
 def _change(vision: dict[str, Any], name: str, size: int | None, patch_dropout: float | None) -> None:
@@ -310,40 +284,6 @@ def _change(vision: dict[str, Any], name: str, size: int | None, patch_dropout: 
         step = 32 if convolutional else vision.get("patch_size", 16)
         check_multiple(size, step, name)
         vision["image_size"] = size
-
-
-def _weights(config: ImageConfig | TextConfig, source: _Source) -> Path | None:
-    return weights_file(config.weights) if config.weights else source.checkpoint
-
-
-def _load_both(source: _Source, path: Path) -> Any:
-    """Both towers with the weights of a whole model's checkpoint; open_clip converts and resizes them."""
-    keys = ("custom_text", "preprocess_cfg")
-    with _readable(source.name):
-        both = towers.CustomTextCLIP(
-            **{key: copy.deepcopy(value) for key, value in source.model.items() if key not in keys}
-        )
-    try:
-        open_clip.load_checkpoint(both, str(path), weights_only=True)
-    except (RuntimeError, KeyError, ValueError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the weights in {path} do not fit {source.name}: {reason}") from error
-    return both
-
-
-def _tower(spec: dict[str, Any], build: Callable[..., nn.Module], section: str) -> nn.Module:
-    model = copy.deepcopy(spec["model"])
-    with _readable(spec["name"]):
-        return build(model["embed_dim"], model[section], model.get("quick_gelu", False))
-
-
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Around the building of a tower from a user's JSON: what open_clip does not know is named."""
-    try:
-        yield
-    except TypeError as error:
-        raise UserError(f"the config of {name} is not one that open_clip reads: {error}") from error
 
 
 def _embeds(trunk: Any, text: Tensor) -> tuple[Tensor, Tensor | None]:

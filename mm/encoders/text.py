@@ -1,19 +1,18 @@
-"""Text encoders: any BERT-family transformers encoder; `open_clip:NAME` leads to `mm.encoders.open_clip`."""
+"""Text encoders: any BERT-family transformers encoder; `open_clip:` and `transformers:` lead to their own modules."""
 
 import copy
 import difflib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mm.config import Config
 from mm.encoders import Features
-from mm.encoders.image import OPEN_CLIP, changed
+from mm.encoders.hf import DEFAULT_CONTEXT, Attention, check_attention, positions_of, quiet_transformers
+from mm.encoders.image import OPEN_CLIP, TRANSFORMERS, changed
 from mm.encoders.tokenizer import Tokenizer, hf_tokenizer
 from mm.encoders.tower import Tower, layers_around_blocks
 from mm.encoders.weights import (
@@ -42,10 +41,8 @@ KNOWN = (
     "sentence-transformers/all-MiniLM-L6-v2",
     "sentence-transformers/all-mpnet-base-v2",
 )
-DEFAULT_CONTEXT = 77
 DROPOUTS: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout")
 DROPOUTS += ("attention_dropout", "embedding_dropout", "mlp_dropout")  # as the families call it
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Pooling = Literal["auto", "cls", "mean", "pooler"]
 
 
@@ -53,7 +50,7 @@ class TextConfig(Config):
     """The text tower."""
 
     name: str = "bert"
-    """A transformers encoder (hub name, folder or package:NAME), random bert, roberta, or open_clip:NAME."""
+    """A transformers encoder (hub, folder, package:NAME), random bert, roberta; open_clip:NAME, transformers:NAME."""
     pretrained: bool | str = False
     """True: its published weights, false: random ones; for open_clip the tag."""
     weights: str | None = None
@@ -114,7 +111,7 @@ class BertEncoder(TextEncoder):
         self.spec = spec
         self.trunk = _random(spec) if trunk is None else trunk
         self.tokenizer = tokenizer
-        self.positions = _positions(self.trunk)
+        self.positions = positions_of(self.trunk)
         self.width = self.trunk.config.hidden_size  # type: ignore[union-attr,assignment]
         self.pooling: str = spec["pooling"]
         if self.pooling == "pooler" and getattr(self.trunk, "pooler", None) is None:
@@ -167,6 +164,10 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
         from mm.encoders.open_clip import build_open_clip_text
 
         encoder: TextEncoder = build_open_clip_text(config)
+    elif config.name.startswith(TRANSFORMERS):
+        from mm.encoders.transformers_clip import build_transformers_text
+
+        encoder = build_transformers_text(config)
     else:
         encoder = _build_bert(config)
     if config.lock:
@@ -180,7 +181,12 @@ def text_encoder(spec: dict[str, Any], tokenizer_folder: Path) -> TextEncoder:
         from mm.encoders.open_clip import OpenClipTextEncoder, load_tokenizer
 
         return OpenClipTextEncoder(spec, load_tokenizer(spec, tokenizer_folder))
-    return BertEncoder(spec, Tokenizer(hf_tokenizer(str(tokenizer_folder)), spec["context_length"]))
+    words = Tokenizer(hf_tokenizer(str(tokenizer_folder)), spec["context_length"])
+    if spec["kind"] == "transformers":
+        from mm.encoders.transformers_clip import TransformersTextEncoder
+
+        return TransformersTextEncoder(spec, words)
+    return BertEncoder(spec, words)
 
 
 def _build_bert(config: TextConfig) -> BertEncoder:
@@ -228,8 +234,8 @@ def _build_bert(config: TextConfig) -> BertEncoder:
             trunk = _pretrained(source, hf_config, spec)
     else:
         trunk = _random(spec)
-    check_context(config.context_length, _positions(trunk), config.name)
-    spec["context_length"] = config.context_length or min(DEFAULT_CONTEXT, _positions(trunk))
+    check_context(config.context_length, positions_of(trunk), config.name)
+    spec["context_length"] = config.context_length or min(DEFAULT_CONTEXT, positions_of(trunk))
     encoder = BertEncoder(spec, Tokenizer(words, spec["context_length"]), trunk)
     if config.weights:
         path = weights_file(config.weights)
@@ -291,18 +297,12 @@ def _random(spec: dict[str, Any]) -> nn.Module:
 
     values = dict(spec["hf"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    _check_attention(spec)
+    check_attention(spec)
     arguments = {"attn_implementation": spec["attention"], "dtype": torch.float32, "trust_remote_code": False}
     try:
         return AutoModel.from_config(config, add_pooling_layer=spec["pooling"] == "pooler", **arguments)
     except TypeError:  # a family that never has a pooler
         return AutoModel.from_config(config, **arguments)
-
-
-def _check_attention(spec: dict[str, Any]) -> None:
-    known = get_args(Attention)
-    if spec["attention"] not in known:  # transformers takes the name of any other for a hub's code
-        raise UserError(f"attention {spec['attention']!r} is not one of {', '.join(known)}")
 
 
 def _pretrained(source: str, hf_config: Any, spec: dict[str, Any]) -> nn.Module:
@@ -316,7 +316,7 @@ def _pretrained(source: str, hf_config: Any, spec: dict[str, Any]) -> nn.Module:
         "trust_remote_code": False,
     }
     pooler = {"add_pooling_layer": spec["pooling"] == "pooler"}
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             trunk, info = AutoModel.from_pretrained(source, **pooler, **arguments)
         except TypeError:  # a family that never has a pooler
@@ -332,22 +332,6 @@ def _pretrained(source: str, hf_config: Any, spec: dict[str, Any]) -> nn.Module:
         )
     module: nn.Module = trunk
     return module
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar for a local read, and no table of unused tensors: what is missing is checked here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _trained_pooling(name: str, source: str) -> str:
@@ -387,11 +371,3 @@ def check_context(length: int | None, limit: int, name: str) -> None:
     """Raises UserError where texts of `length` tokens are longer than a network can read."""
     if length is not None and length > limit:
         raise UserError(f"context_length {length} is more than {name} can read; use at most {limit}")
-
-
-def _positions(trunk: Any) -> int:
-    positions = getattr(getattr(trunk, "embeddings", None), "position_embeddings", None)
-    if isinstance(positions, nn.Embedding):
-        # RoBERTa counts positions from its padding index on
-        return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
-    return getattr(trunk.config, "max_position_embeddings", None) or DEFAULT_CONTEXT

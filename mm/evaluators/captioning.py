@@ -8,7 +8,8 @@ from torch import Tensor
 from mm import metrics
 from mm.evaluators.embedding import Embedder, EverythingReading
 from mm.evaluators.outcome import MANY, Outcome, by_key, content_hash, totals
-from mm.evaluators.passes import Facts, SetConfig, open_set, pass_over, usable
+from mm.evaluators.passes import Facts, pass_over, usable
+from mm.evaluators.sets import SetConfig, open_set
 from mm.metrics.bootstrap import sampled
 from mm.models.generation import generate
 from mm.models.heads import WritingHead

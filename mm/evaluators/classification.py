@@ -13,10 +13,12 @@ from mm import metrics, zeroshot
 from mm.data.fields import FIELD
 from mm.data.lines import read_lines
 from mm.errors import UserError
-from mm.evaluators.embedding import Embedder, EverythingReading, mean_of_views
+from mm.evaluators import prompts
+from mm.evaluators.embedding import Corruption, Embedder, EverythingReading, mean_of_views
 from mm.evaluators.labels import class_numbers, group_names, objective, targets
 from mm.evaluators.outcome import Outcome, by_key, content_hash
-from mm.evaluators.passes import Facts, SetConfig, ViewsConfig, beside, open_set, pass_over, usable
+from mm.evaluators.passes import Facts, pass_over, usable
+from mm.evaluators.sets import SetConfig, ViewsConfig, beside, folder_classes, open_set
 from mm.evaluators.tables import answers, multi_label, single_label
 from mm.models.fused import CLIPS
 from mm.models.heads import ClassHead
@@ -28,11 +30,11 @@ class NamesConfig(SetConfig):
     """Classes that are named by words."""
 
     classnames: Path | tuple[str, ...] | None = None
-    """Names of the classes in the order of their numbers, or a file with one a line; null: the set's
-    classnames.txt.
-    """
+    """Names of the classes in the order of their numbers, a file with one a line, or open_clip:imagenet; null: the set's
+    classnames.txt, or the names of its folders."""
     templates: Path | tuple[str, ...] | None = None
-    """Prompts with `{}` or `{c}` for the name, or a file with one a line; null: the set's
+    """Prompts with `{}` or `{c}` for the name, a file with one a line, open_clip:imagenet (80 prompts) or
+    open_clip:imagenet_simple (7), or a JSON file with prompts for each name; null: the set's
     zeroshot_classification_templates.txt, or else the name alone."""
     label: str = Field("cls", pattern=rf"^({FIELD})$")
     """Where the class of a sample stands: `cls`, `npy:2` (a column of its `.npy`), `json:NAME` (a number, or the
@@ -81,7 +83,7 @@ def classification(embed: Embedder, config: ClassificationConfig) -> Outcome:
     Details: per_class, confusions, calibration, groups, mistakes.
     """
     multi = config.labels == "multi" or (config.labels == "auto" and dataset_type(config) == MULTILABEL)
-    judged = _by_words(embed, config, multi) if config.head is None else _by_head(embed, config)
+    judged = judge(embed, config, multi)
     data = content_hash(judged.facts, "label", "npy" if multi or ":" in config.label else "label")
     if multi:
         truth = targets(judged.facts, len(judged.names))
@@ -96,17 +98,32 @@ def classification(embed: Embedder, config: ClassificationConfig) -> Outcome:
     return Outcome(sampled, by_key(judged.facts), about | counts, data, details)
 
 
+def judge(
+    embed: Embedder, config: ClassificationConfig, multi: bool = False, corruption: Corruption | None = None
+) -> Judged:
+    """What the model says of the samples of a set whose image and label can be used. Collective."""
+    if config.head is None:
+        return _by_words(embed, config, multi, corruption)
+    return _by_head(embed, config, corruption)
+
+
 def class_names(config: NamesConfig) -> list[str]:
     """Names of the classes; none where the set has none."""
-    given = config.classnames is not None or beside(config, "classnames.txt") is not None
-    return objective(_lines(config, config.classnames, "classnames.txt"), config.objective) if given else []
+    folders = folder_classes(config)
+    names = prompts.names(config.classnames, beside(config, "classnames.txt")) or folders
+    if folders and len(names) != len(folders):
+        raise UserError(
+            f"there are {len(names)} class names, and {len(folders)} folders of images in {config.data}: the names must "
+            "be those of the folders, in their order"
+        )
+    return objective(names, config.objective)
 
 
 def classifier(embed: Embedder, config: NamesConfig, names: list[str]) -> Tensor:
     """(C, D) unit rows of the class names in the set's prompts. Collective."""
-    lines = _lines(config, config.templates, "zeroshot_classification_templates.txt")
-    templates = objective(lines, config.objective) or ["{}"]
-    return zeroshot.classifier(names, templates, lambda texts: embed.texts(texts, config.batch))
+    default = beside(config, "zeroshot_classification_templates.txt")
+    texts = prompts.prompts(names, config.templates, default, config.objective)
+    return zeroshot.of_prompts(texts, lambda texts: embed.texts(texts, config.batch))
 
 
 def needed_fields(config: NamesConfig, multi: bool = False) -> list[str]:
@@ -120,18 +137,20 @@ def dataset_type(config: SetConfig) -> str:
     return "" if path is None else " ".join(read_lines(path))
 
 
-def _by_words(embed: Embedder, config: ClassificationConfig, multi: bool) -> Judged:
+def _by_words(
+    embed: Embedder, config: ClassificationConfig, multi: bool, corruption: Corruption | None
+) -> Judged:
     names = class_names(config)
     if not names:
         raise UserError(f"no class names: give `classnames`, or put a classnames.txt into {config.data}")
-    image, facts, bad = embed.images(config, config.video).usable(*needed_fields(config, multi))
+    image, facts, bad = embed.images(config, config.video, corruption).usable(*needed_fields(config, multi))
     weights = classifier(embed, config, names)
     factor, _ = embed.scale()
     pieces = image.split(max(1, metrics.CHUNK // len(weights)))
     return Judged(lambda: (metrics.scores_of(some, weights) * factor for some in pieces), facts, bad, names)
 
 
-def _by_head(embed: Embedder, config: ClassificationConfig) -> Judged:
+def _by_head(embed: Embedder, config: ClassificationConfig, corruption: Corruption | None) -> Judged:
     """The head's logits, of videos the logarithm of the mean over views of the probabilities (TSN, Wang et al. 2016)."""
     head = embed.head(ClassHead, config.head)
     names = class_names(config)
@@ -152,14 +171,7 @@ def _by_head(embed: Embedder, config: ClassificationConfig) -> Judged:
         logits = head(embed.features(batch, head.modalities))
         return logits if views is None else mean_of_views(logits.softmax(1), views.number).log()
 
-    reading = EverythingReading(embed.transform(), views)
+    reading = EverythingReading(embed.transform(), views, corruption)
     rows, facts = pass_over(config, open_set(config), reading, compute)
     good = usable(facts, *needed_fields(config))
     return Judged(lambda: iter([rows[good]]), [facts[i] for i in good], len(facts) - len(good), head.classes)
-
-
-def _lines(config: NamesConfig, given: Path | tuple[str, ...] | None, name: str) -> list[str]:
-    if isinstance(given, tuple):
-        return list(given)
-    path = given or beside(config, name)
-    return [] if path is None else read_lines(path)

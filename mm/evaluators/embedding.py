@@ -12,23 +12,14 @@ from torch import Tensor
 from mm import distributed
 from mm.data import decode, fields
 from mm.data.clips import Views
+from mm.data.corruptions import corrupt
 from mm.data.questions import label
 from mm.data.shards import Sample
 from mm.data.transforms import EvalTransform
 from mm.data.video import video_content
 from mm.encoders import Features
-from mm.evaluators.passes import (
-    Facts,
-    Reading,
-    SetConfig,
-    ViewsConfig,
-    batch_sizes,
-    in_order,
-    open_set,
-    own_batches,
-    pass_over,
-    usable,
-)
+from mm.evaluators.passes import Facts, Reading, batch_sizes, in_order, own_batches, pass_over, usable
+from mm.evaluators.sets import SetConfig, ViewsConfig, open_set
 from mm.evaluators.store import Store
 from mm.models.fused import find_head, read_features
 from mm.models.heads import Head
@@ -37,6 +28,17 @@ if TYPE_CHECKING:
     from mm.models.folder import Model
 
 H = TypeVar("H", bound=Head)
+
+
+MOST_SETS = 4  # whose embeddings are in memory
+
+
+class Corruption(NamedTuple):
+    """What is done to the images of a set before they are seen."""
+
+    name: str
+    severity: int
+    seed: int
 
 
 class Images(NamedTuple):
@@ -87,9 +89,11 @@ class Embedder:
             batch = {**batch, "clips": batch["clips"].flatten(0, 1)}
         return read_features(self.towers, batch, modalities)
 
-    def images(self, config: SetConfig, video: ViewsConfig | None = None) -> Images:
+    def images(
+        self, config: SetConfig, video: ViewsConfig | None = None, corruption: "Corruption | None" = None
+    ) -> Images:
         """All images of a set, or all videos: the mean of the unit rows of a video's clips, of length 1. Collective."""
-        name = (config.data, config.split, config.batch, config.limit, video)
+        name = (config.data, config.split, config.batch, config.limit, video, corruption)
         if name not in self._images:
             views = self.views(video)
 
@@ -100,8 +104,10 @@ class Embedder:
                 return F.normalize(mean_of_views(clips, views.number), dim=1)
 
             self._images[name] = Images(
-                *self.kept(config, EverythingReading(self.transform(), views), compute, name[2:])
+                *self.kept(config, EverythingReading(self.transform(), views, corruption), compute, name[2:])
             )
+            while len(self._images) > MOST_SETS:
+                del self._images[next(iter(self._images))]
         return self._images[name]
 
     def kept(
@@ -110,20 +116,21 @@ class Embedder:
         reading: Reading,
         compute: Callable[[dict[str, Tensor], list[Facts]], Tensor],
         depends: Sequence[object],
+        indices: Sequence[int] | None = None,
     ) -> tuple[Tensor, list[Facts]]:
-        """`pass_over` a whole set, or what an earlier one left on the disk. Collective.
+        """`pass_over` a set, or what an earlier one left on the disk. Collective.
 
-        depends: what the rows depend on beside the model, the shards, and how an image is prepared.
+        depends: what the rows depend on beside the model, the shards, and how an image is prepared: the indices too.
         """
         samples = open_set(config)
         if self.store is None:
-            return pass_over(config, samples, reading, compute)
+            return pass_over(config, samples, reading, compute, indices)
         transform = reading.transform
         prepared = (transform.size, transform.resize_mode, transform.interpolation, type(reading).__name__)
         key = self.store.key(samples, *prepared, *depends)
         found = self.store.images(key)
         if found is None:
-            found = pass_over(config, samples, reading, compute)
+            found = pass_over(config, samples, reading, compute, indices)
             self.store.keep_images(key, *found)
         return found
 
@@ -163,11 +170,20 @@ class Embedder:
 class EverythingReading(Reading):
     """The image, and as facts its captions, label and numbers where it has some."""
 
+    def __init__(
+        self, transform: EvalTransform, views: Views | None = None, corruption: Corruption | None = None
+    ) -> None:
+        super().__init__(transform, views)
+        self.corruption = corruption
+
     def __call__(self, sample: Sample | None, facts: Facts) -> Tensor:
         facts |= {"image_id": "", "label": -1, "captions": [], "npy": None, "json": None}
         image = self.image(sample, facts)
         if sample is None:
             return image
+        if self.corruption is not None:
+            name, severity, seed = self.corruption
+            image = corrupt(image, name, severity, seed * 2**32 + facts["index"])
         if "image" not in facts["problems"]:
             data = decode.image_member(sample) if self.views is None else video_content(sample.members)
             facts["image_id"] = hashlib.blake2b(data, digest_size=16).hexdigest()

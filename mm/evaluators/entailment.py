@@ -15,7 +15,8 @@ from mm.encoders.text import Tokenizer
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder
 from mm.evaluators.outcome import Outcome, columns, content_hash, together
-from mm.evaluators.passes import Facts, Reading, SetConfig, open_set, pass_over, usable
+from mm.evaluators.passes import Facts, Reading, pass_over, usable
+from mm.evaluators.sets import SetConfig, open_set
 from mm.metrics.bootstrap import sampled
 from mm.models.heads import MatchingHead
 

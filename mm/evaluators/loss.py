@@ -11,7 +11,8 @@ from torch import Tensor
 from mm import losses
 from mm.evaluators.embedding import Embedder
 from mm.evaluators.outcome import Outcome, content_hash
-from mm.evaluators.passes import Facts, SetConfig
+from mm.evaluators.passes import Facts
+from mm.evaluators.sets import SetConfig
 from mm.metrics.bootstrap import sampled
 
 

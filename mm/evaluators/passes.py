@@ -7,57 +7,24 @@ The rows then come together in order.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mm import distributed
-from mm.config import Config
 from mm.data import decode
 from mm.data.clips import Views, clip_views
-from mm.data.shards import Sample, ShardSet
+from mm.data.shards import Sample
 from mm.data.transforms import EvalTransform
 from mm.data.video import video_of
 from mm.data.workers import handed_over, start_worker, take
-from mm.encoders.video import ClipConfig
 from mm.errors import UserError
+from mm.evaluators.sets import Samples, SetConfig
 
 TIMEOUT_S = 900.0  # for a batch from the workers
-
-
-class ViewsConfig(Config):
-    """How the videos of a set are looked at."""
-
-    clips: int = Field(1, ge=1)
-    """Clips of each, evenly spread over it; what the model makes of them is averaged."""
-    crops: Literal[1, 3] = 1
-    """Of each clip: 1: the middle; 3: both ends of the longer side of its frames too."""
-    clip: ClipConfig | None = None
-    """How a clip is taken; null: as the model was trained."""
-    reversed: bool = False
-    """Show them backwards: the control that tells whether the order of frames is read."""
-
-
-class SetConfig(Config):
-    """What all evaluations of a set of samples have in common."""
-
-    data: str | tuple[str, ...]
-    """A folder in CLIP_benchmark's layout (`test/*.tar`, `classnames.txt`, ...), or shards: folder, pattern,
-    list.
-    """
-    split: str = "test"
-    """The sub-folder of `data` that holds the shards; not used where there is no such folder."""
-    batch: int = Field(64, gt=0)
-    """Images, or texts, of one forward pass."""
-    workers: int = Field(2, ge=0)
-    """Processes that read and decode images for each rank; 0: the rank itself."""
-    limit: int | None = Field(None, gt=0)
-    """Use this many samples, spread evenly over the set; null: all."""
 
 
 Facts = dict[str, Any]
@@ -106,7 +73,7 @@ class Reading:
 
 def pass_over(
     config: SetConfig,
-    samples: ShardSet,
+    samples: Samples,
     reading: Reading,
     compute: Callable[[dict[str, Tensor], list[Facts]], Tensor],
     indices: Sequence[int] | None = None,
@@ -177,7 +144,7 @@ def usable(facts: Sequence[Facts], *fields: str) -> list[int]:
 class _Batches(Dataset[tuple[dict[str, Tensor], list[Facts]]]):
     """Batch j: tensors, and facts of each sample."""
 
-    def __init__(self, samples: ShardSet, indices: Sequence[int], reading: Reading, batch: int) -> None:
+    def __init__(self, samples: Samples, indices: Sequence[int], reading: Reading, batch: int) -> None:
         self.samples, self.indices, self.reading, self.batch = samples, indices, reading, batch
 
     def __len__(self) -> int:
@@ -200,24 +167,6 @@ class _Batches(Dataset[tuple[dict[str, Tensor], list[Facts]]]):
         except (OSError, UserError) as error:
             facts["problems"]["read"] = str(error)
         return self.reading(sample, facts), facts
-
-
-def open_set(config: SetConfig) -> ShardSet:
-    """The samples of a set, by index."""
-    folder = _folder(config)
-    shards = folder / config.split if folder and (folder / config.split).is_dir() else config.data
-    return ShardSet(str(shards) if isinstance(shards, Path) else shards)
-
-
-def beside(config: SetConfig, name: str) -> Path | None:
-    """A file of CLIP_benchmark's layout that lies in the set's folder, if it does."""
-    folder = _folder(config)
-    return folder / name if folder and (folder / name).is_file() else None
-
-
-def _folder(config: SetConfig) -> Path | None:
-    path = Path(config.data).expanduser() if isinstance(config.data, str) else None
-    return path if path and path.is_dir() else None
 
 
 def batch_sizes(count: int, batch: int) -> list[int]:

@@ -21,7 +21,8 @@ from mm.data.shards import Sample
 from mm.encoders import Features
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder
-from mm.evaluators.passes import Facts, Reading, open_set, pass_over
+from mm.evaluators.passes import Facts, Reading, pass_over
+from mm.evaluators.sets import open_set
 from mm.models.heads import MatchingHead
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from mm import metrics
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder, embedding
 from mm.evaluators.outcome import MANY, Outcome, by_key, columns, content_hash, top
-from mm.evaluators.passes import Facts, SetConfig, ViewsConfig
+from mm.evaluators.passes import Facts
 from mm.evaluators.reranking import Pairs, rerank
+from mm.evaluators.sets import SetConfig, ViewsConfig
 from mm.metrics.bootstrap import Sampled, sampled
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def retrieval(embed: Embedder, config: RetrievalConfig) -> Outcome:
         first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
         text_ids = torch.tensor([first[caption] for caption in captions], device=image.device)
     text = embed.texts(captions, config.batch)
-    ranks = metrics.retrieval(image, text, image_of_text, text_ids)
+    ranks = metrics.retrieval(image, text, image_of_text, text_ids, over_ranks=True)
     seen = "image" if config.video is None else "video"
     sampled = _recalls(ranks, image_of_text, seen)
     if config.rerank:

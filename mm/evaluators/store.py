@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mm import distributed
+from mm.data.folders import FolderSet
 from mm.data.remote import is_remote
 from mm.errors import UserError
 from mm.files import write_atomically
@@ -70,12 +72,12 @@ class Store:
         self._pieces: list[Tensor] = []
         self._writable = True
 
-    def key(self, samples: "ShardSet", *depends: object) -> str:
+    def key(self, samples: "ShardSet | FolderSet", *depends: object) -> str:
         """What the images of a set are filed under. Collective."""
 
         def make() -> str:
             try:
-                return _hash(json.dumps([self.digest(samples), *map(str, depends)]).encode()).hex()
+                return _hash(json.dumps([digest(samples, self.root), *map(str, depends)]).encode()).hex()
             except OSError as error:
                 raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
@@ -120,27 +122,6 @@ class Store:
         name = _hash(b"".join(digests)).hex()
         self._write(self.folder / "texts" / f"{name}.safetensors", {"digests": packed, "rows": rows})
 
-    def digest(self, samples: "ShardSet") -> str:
-        """Hash of the contents of the shards of a set; known ones are not read again."""
-        path = self.root / "digests.json"
-        try:
-            known: dict[str, str] = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            known = {}
-        before = len(known)
-        parts = []
-        for shard, name in enumerate(samples.paths):
-            about = None if is_remote(name) else os.stat(name)
-            where = os.path.abspath(name) if about else name
-            facts = [about.st_size, about.st_mtime_ns] if about else [int(samples.sizes[shard])]
-            stamp = json.dumps([where, *facts])
-            if stamp not in known:
-                known[stamp] = _hash_file(where).hex() if about else _hash(stamp.encode()).hex()
-            parts.append(known[stamp])
-        if len(known) > before:
-            self._try(path, lambda: write_atomically(path, json.dumps(known).encode()))
-        return _hash(json.dumps(parts).encode()).hex()
-
     def _known(self) -> dict[bytes, tuple[int, int]]:
         if self._texts is None:
             self._texts = {}
@@ -170,9 +151,37 @@ class Store:
             write()
         except OSError as error:
             self._writable = False
-            print(
-                f"warning: embeddings are not kept: {path.parent}: {error.strerror}; set another `cache`, or cache=null"
-            )
+            why = f"{path.parent}: {error.strerror}"
+            print(f"warning: embeddings are not kept ({why}); name another folder as `cache`, or cache=null")
+
+
+def digest(samples: "ShardSet | FolderSet", memory: Path | None = None) -> str:
+    """Hash of the contents of the shards of a set; those behind URLs go by name and size.
+
+    memory: a folder that remembers the hashes of unchanged files.
+    """
+    if isinstance(samples, FolderSet):
+        return samples.digest()
+    path = None if memory is None else memory.expanduser() / "digests.json"
+    try:
+        known: dict[str, str] = json.loads(path.read_bytes()) if path else {}
+    except (OSError, ValueError):
+        known = {}
+    before = len(known)
+    parts = []
+    for shard, name in enumerate(samples.paths):
+        about = None if is_remote(name) else os.stat(name)
+        where = os.path.abspath(name) if about else name
+        facts = [about.st_size, about.st_mtime_ns] if about else [int(samples.sizes[shard])]
+        stamp = json.dumps([where, *facts])
+        if stamp not in known:
+            known[stamp] = _hash_file(where).hex() if about else _hash(stamp.encode()).hex()
+        parts.append(known[stamp])
+    if path and len(known) > before:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(known).encode())
+    return _hash(json.dumps(parts).encode()).hex()
 
 
 def make_store(folder: Path | None, model: "Model", conditions: Sequence[object]) -> tuple[str, Store | None]:

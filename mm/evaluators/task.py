@@ -13,7 +13,8 @@ from mm.data.shards import Sample
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder
 from mm.evaluators.outcome import Outcome, content_hash, totals
-from mm.evaluators.passes import Facts, Reading, SetConfig, open_set, pass_over
+from mm.evaluators.passes import Facts, Reading, pass_over
+from mm.evaluators.sets import SetConfig, open_set
 from mm.metrics.bootstrap import sampled
 
 

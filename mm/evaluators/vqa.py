@@ -3,102 +3,82 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from pydantic import Field, field_validator
 
 from mm import distributed, metrics
-from mm.data.clips import Views
-from mm.data.decode import BadSample
+from mm.answers import read_counts
 from mm.data.lines import read_lines
-from mm.data.questions import question
-from mm.data.shards import Sample
-from mm.data.transforms import EvalTransform
-from mm.encoders.text import Tokenizer
 from mm.errors import UserError
+from mm.evaluators.answerers import Ranked, answering_head, ask, has_answerer, rank_answers, units_of
 from mm.evaluators.embedding import Embedder
-from mm.evaluators.outcome import MANY, Outcome, by_key, columns, content_hash, together
-from mm.evaluators.passes import Facts, Reading, SetConfig, ViewsConfig, open_set, pass_over, usable
+from mm.evaluators.outcome import MANY, Outcome, columns, content_hash
+from mm.evaluators.passes import Facts, usable
+from mm.evaluators.sets import SetConfig, beside
 from mm.files import write_atomically
 from mm.metrics.bootstrap import sampled
-from mm.models.generation import generate, rank_candidates
-from mm.models.heads import AnswerHead, WritingHead
-
-UNANSWERABLE = "unanswerable"  # as VizWiz's annotators wrote
 
 
 class VqaConfig(SetConfig):
     """Questions about images or videos, a sample each."""
 
     kind: Literal["vqa"] = "vqa"
-    """Visual question answering, by a head."""
+    """Visual question answering, by a head; where a model has none zero-shot, by its towers, which rank answers."""
     head: str | None = None
-    """The head that answers; null: the only one that can."""
+    """The head that answers; null: the only one that can, or the towers where none can."""
     candidates: Path | None = None
-    """For a head that writes: a file with an answer a line, of which the likeliest is taken; null: it writes freely."""
+    """A file with an answer a line, of which the likeliest is taken. null: a head that writes does so freely; the towers
+    rank the `choices` in a question's json, else the answers in the set's answers.json."""
     candidate_batch: int = 128
-    """For candidates: how many pass their first token's probability and are then read whole."""
+    """For a head and candidates: how many pass their first token's probability and are then read whole."""
+    prompt: str = "Question: {q} Answer: {a}"
+    """For the towers: the text that is held against the image, with the question at {q} and an answer at {a}."""
+    most_candidates: int = Field(1000, gt=0)
+    """For the towers: of an answers.json the commonest, this many."""
+    most_texts: int = Field(10_000_000, gt=0)
+    """For the towers: refuse a set of more texts. There is one for each distinct question and each of its candidates,
+    and all go through the text tower: 10,000 questions with 1,000 candidates are 10 million."""
+    prior: float = Field(0.0, ge=0, le=1)
+    """For the towers: how much of an answer's mean over the set's images is taken off its cosine, so that what is near
+    to all of them does not win; 0.5 is distribution normalisation (Zhou et al. 2023, arXiv:2302.11084)."""
     submission: Path | None = None
     """Write the answers to this file, as the challenge's server takes them."""
     submission_format: Literal["vqa", "gqa", "vizwiz"] = "vqa"
     """`vqa` is VQAv2's, OK-VQA's and TextVQA's."""
 
-
-class QuestionReading(Reading):
-    """The image or video and the question; as facts its answers and what else the figures need."""
-
-    def __init__(
-        self, transform: EvalTransform, views: Views | None, tokenizer: Tokenizer, looks: bool
-    ) -> None:
-        super().__init__(transform, views)
-        self.tokenizer = tokenizer
-        self.looks = looks
-
-    def __call__(self, sample: Sample | None, facts: Facts) -> tuple[Tensor, list[int]]:
-        image = self.image(sample if self.looks else None, facts)
-        text = ""
-        if sample is not None:
-            try:
-                asked = question(sample)
-            except BadSample as error:
-                facts["problems"]["question"] = error.reason
-            else:
-                text = asked.text
-                facts |= {
-                    "question_id": asked.id,
-                    "asked": asked.text,
-                    "answers": asked.answers,
-                    "type": asked.answer_type,
-                }
-                facts |= {key: asked.about.get(key) for key in ("answerable", "image_id")}
-        return image, self.tokenizer(text)
-
-    def collate(self, items: list[Any]) -> dict[str, Tensor]:
-        """What is seen, input_ids and mask (B, L)."""
-        input_ids, mask = self.tokenizer.pad([ids for _, ids in items])
-        seen = torch.stack([image for image, _ in items])
-        return {self.visual: seen, "input_ids": input_ids, "mask": mask}
+    @field_validator("prompt")
+    @classmethod
+    def _has_an_answer(cls, prompt: str) -> str:
+        if "{a}" not in prompt:
+            raise ValueError("has no place for the answer; write {a} where it goes")
+        return prompt
 
 
 def vqa(embed: Embedder, config: VqaConfig) -> Outcome:
     """Figures: accuracy (official, soft), accuracy_TYPE for each type of answer; answerability_ap and answerability_f1
-    where samples say `answerable`; in_vocabulary, the share of questions to which the head knows a right answer. Beside
-    them majority (the accuracy of the commonest answer alone); samples, bad. Questions about one image are not
-    independent.
+    where samples say `answerable` and a head tells. Beside them majority (the accuracy of the commonest answer alone);
+    of answers that are chosen and not written in_vocabulary, the share of questions to which a right one is there, and
+    chance, the mean accuracy of those to choose from; samples, bad. Questions about one image are not independent.
 
     Details: types, and what was answered wrongly.
     """
-    answerer = _answerer(embed, config)
-    views = embed.views(ViewsConfig()) if "video" in answerer.modalities else None
-    looks = bool({"image", "video"} & set(answerer.modalities))
-    reading = QuestionReading(embed.transform(), views, embed.towers.text.tokenizer, looks)
-    rows, facts = pass_over(config, open_set(config), reading, answerer.compute)
-    good = usable(facts, "question")
-    predictions = [answerer.say(rows[i], facts[i]) for i in good]
+    sure = None
+    candidates: Sequence[Sequence[str]] | None
+    if has_answerer(embed, config.head):
+        lines = None if config.candidates is None else read_lines(config.candidates)
+        answerer = answering_head(embed, config.head, lines, config.candidate_batch)
+        rows, facts = ask(embed, config, answerer)
+        good = usable(facts, "question")
+        predictions = [answerer.say(rows[i], facts[i]) for i in good]
+        candidates = None if answerer.vocabulary is None else [answerer.vocabulary] * len(good)
+        sure = rows[good, 1]
+    else:
+        predictions, candidates, facts, good = _by_towers(embed, config)
     asked = [facts[i] for i in good]
     if config.submission is not None:
         path = config.submission
@@ -110,20 +90,43 @@ def vqa(embed: Embedder, config: VqaConfig) -> Outcome:
         return Outcome({}, [], {"samples": len(asked)} | bad, data)
     predictions, asked = [predictions[i] for i in known], [asked[i] for i in known]
     outcome = scored(predictions, asked, data, bad)
-    if answerer.vocabulary is not None:
-        words = set(answerer.vocabulary)
-        inside = [bool(words & metrics.soft_scores(fact["answers"]).keys()) for fact in asked]
-        outcome.about["in_vocabulary"] = sum(inside) / len(inside)
+    if candidates is not None:
+        outcome.about.update(_within(asked, [candidates[i] for i in known]))
     judged = [i for i, fact in enumerate(asked) if fact["answerable"] in (0, 1)]
-    if judged:
-        sure = rows[[good[known[i]] for i in judged], 1]
+    if judged and sure is not None:
+        found = sure[[known[i] for i in judged]]
         # as VizWiz's scorer counts, the questions to be found are those that cannot be answered
-        lost = torch.tensor([asked[i]["answerable"] == 0 for i in judged], device=sure.device)
+        lost = torch.tensor([asked[i]["answerable"] == 0 for i in judged], device=found.device)
         unit = outcome.sampled["accuracy"].unit[judged]
-        score, guess, true = columns(1 - sure, sure < 0.5, lost)
+        score, guess, true = columns(1 - found, found < 0.5, lost)
         outcome.sampled["answerability_ap"] = sampled("average_precision", score, true, unit=unit)
         outcome.sampled["answerability_f1"] = sampled("f1", guess, true, unit=unit)
     return outcome
+
+
+def _by_towers(embed: Embedder, config: VqaConfig) -> Ranked:
+    named = None if config.candidates is None else read_lines(config.candidates)
+    path = beside(config, "answers.json")
+    common = None
+    if named is None and path is not None:
+        counts = read_counts([path])
+        common = sorted(counts, key=lambda answer: (-counts[answer], answer))[: config.most_candidates]
+    return rank_answers(
+        embed, config, config.prompt, named, common or None, most_texts=config.most_texts, prior=config.prior
+    )
+
+
+def _within(asked: Sequence[Facts], candidates: Sequence[Sequence[str]]) -> dict[str, float]:
+    """in_vocabulary and chance of the candidates of each question."""
+    normal: dict[int, Counter[str]] = {}  # many questions share a list
+    inside, chance = 0, 0.0
+    for fact, some in zip(asked, candidates, strict=True):
+        if id(some) not in normal:
+            normal[id(some)] = Counter(map(metrics.normalise_answer, some))
+        counts, scores = normal[id(some)], metrics.soft_scores(fact["answers"])
+        inside += any(answer in counts for answer in scores)
+        chance += sum(score * counts[answer] for answer, score in scores.items()) / len(some)
+    return {"in_vocabulary": inside / len(asked), "chance": chance / len(asked)}
 
 
 def scored(
@@ -134,10 +137,7 @@ def scored(
     right = np.array([metrics.vqa_accuracy(*pair) for pair in zip(predictions, answers, strict=True)])
     common = Counter(Counter(some).most_common(1)[0][0] for some in answers).most_common(1)[0][0]
     majority = [metrics.vqa_accuracy(common, some) for some in answers]
-    shown = [str(fact["image_id"]) for fact in asked]
-    if len(set(shown)) == 1:  # nobody said which image it is
-        shown = by_key(asked)
-    units, unit = together(shown)
+    units, unit = units_of(asked)
     types = np.array([re.sub(r"\W+", "_", fact["type"] or "other").strip("_") for fact in asked])
     figures = {"accuracy": sampled("mean", right, unit=unit)}
     kinds = sorted(set(types.tolist()))
@@ -157,56 +157,6 @@ def scored(
     ]
     counts = {"majority": sum(majority) / len(majority), "samples": len(asked), **about}
     return Outcome(figures, units, counts, data, {"mistakes": wrong[:MANY]})
-
-
-class _Answerer(NamedTuple):
-    """How a head answers: rows of a batch, and what a row says."""
-
-    modalities: tuple[str, ...]
-    vocabulary: Sequence[str] | None
-    compute: Callable[[dict[str, Tensor], list[Facts]], Tensor]
-    """(B, 2): the answer's number, and how likely the image answers the question."""
-    say: Callable[[Tensor, Facts], str]
-
-
-def _answerer(embed: Embedder, config: VqaConfig) -> _Answerer:
-    if any(isinstance(head, AnswerHead) for name, head in embed.heads.items() if config.head in (None, name)):
-        return _choosing(embed, embed.head(AnswerHead, config.head))
-    return _writing(embed, embed.head(WritingHead, config.head), config)
-
-
-def _choosing(embed: Embedder, head: AnswerHead) -> _Answerer:
-    place = {answer: i for i, answer in enumerate(head.answers)}.get(UNANSWERABLE)
-
-    def compute(batch: dict[str, Tensor], facts: list[Facts]) -> Tensor:
-        logits, answerable = head(embed.features(batch, head.modalities))
-        if answerable is not None:
-            sure = answerable.sigmoid()
-        else:
-            sure = 1 - logits[:, place].sigmoid() if place is not None else torch.ones_like(logits[:, 0])
-        return torch.stack([logits.argmax(1).float(), sure], 1)
-
-    return _Answerer(head.modalities, head.answers, compute, lambda row, fact: head.answers[int(row[0])])
-
-
-def _writing(embed: Embedder, head: WritingHead, config: VqaConfig) -> _Answerer:
-    tokenizer = embed.towers.text.tokenizer
-    answers = None if config.candidates is None else read_lines(config.candidates)
-    ids = [tokenizer(answer) for answer in answers or ()]
-
-    def compute(batch: dict[str, Tensor], facts: list[Facts]) -> Tensor:
-        memory = head.memory(embed.features(batch, head.modalities))
-        if answers is not None:
-            scores = rank_candidates(head.decoder, *memory, ids, top=config.candidate_batch)
-            return torch.stack([scores.argmax(1).float(), torch.ones(len(scores), device=scores.device)], 1)
-        for fact, written in zip(facts, generate(head.decoder, *memory, all_steps=True), strict=True):
-            fact["written"] = tokenizer.decode(written)
-        return torch.ones(len(facts), 2, device=memory[0].device)
-
-    def say(row: Tensor, fact: Facts) -> str:
-        return fact["written"] if answers is None else answers[int(row[0])]
-
-    return _Answerer(head.modalities, answers, compute, say)
 
 
 def _write(path: Path, form: str, asked: Sequence[Facts], predictions: Sequence[str]) -> None:

@@ -6,7 +6,9 @@ figures as functions of their samples, and how sure they are.
 
 from mm.metrics.captions import CaptionScores, bleu, caption_counts, caption_scores
 from mm.metrics.ranking import (
+    ALIGNED,
     CHUNK,
+    TILE,
     Retrieval,
     best_rank,
     classification_hits,
@@ -24,7 +26,9 @@ from mm.metrics.ranking import (
 from mm.metrics.vqa import average_precision, f1, gqa_accuracy, normalise_answer, soft_scores, vqa_accuracy
 
 __all__ = [
+    "ALIGNED",
     "CHUNK",
+    "TILE",
     "CaptionScores",
     "Retrieval",
     "average_precision",

@@ -52,7 +52,9 @@ def resampled(
     rows = max([units, *(len(figure.values) for figure in figures.values())])
     for counts in _draws(units, resamples, max(1, CELLS // max(1, rows)), seed):
         for name, figure in figures.items():
-            found[name].append(STATISTICS[figure.statistic](figure.values, counts[:, figure.unit]))
+            found[name].append(
+                STATISTICS[figure.statistic](figure.values, np.take(counts, figure.unit, axis=1))
+            )
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -96,7 +98,7 @@ def _by(labels: Floats, weights: Floats, count: int | None = None) -> Floats:
     order = np.argsort(classes, kind="stable")
     present, starts = np.unique(classes[order], return_index=True)
     sums = np.zeros((len(weights), count))
-    sums[:, present] = np.add.reduceat(weights[:, order], starts, axis=1)
+    sums[:, present] = np.add.reduceat(np.take(weights, order, axis=1), starts, axis=1)
     return sums
 
 

@@ -4,6 +4,7 @@ Of equal scores the lower index ranks first, as in a stable sort. NaN ranks befo
 hit, so a broken model cannot score well. All sums are of counts or in float64.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mm import distributed
+
 CHUNK = 2**22  # scores held at once by the functions that never build the whole matrix
+TILE = 2**19  # scores of a tile of `retrieval`: it and what is made of it stay in the cache
+ALIGNED = 64  # sides of tiles that are multiples are a third faster on CPUs
 
 
 def share(hits: Bool[Tensor, " N"]) -> float:
@@ -97,13 +102,18 @@ def retrieval(
     text: Float[Tensor, "T D"],
     image_of_text: Int[Tensor, " T"],
     text_ids: Int[Tensor, " T"] | None = None,
-    chunk: int = CHUNK,
+    chunk: int = TILE,
+    over_ranks: bool = False,
 ) -> Retrieval:
     """Rank texts for every image and images for every text, at most `chunk` scores at a time.
 
     Positives of an image are its texts, those of a text its image; with `text_ids`, texts of equal id are
     positives of the images of all of them. The mean of `ranks < k` is recall@k; the chances are those of
     recall@1.
+
+    Every score is computed once for both directions: first the best positive of each query, from the tiles that hold
+    positives, then how many scores reach it. Queries whose best score is another's too (equal images, equal texts) are
+    ranked by `best_rank`. With `over_ranks` the tiles are shared by the ranks, and all get all ranks; collective.
     """
     if text_ids is None:
         text_ids = torch.arange(len(text), device=text.device)
@@ -111,20 +121,104 @@ def retrieval(
     kinds = int(text_ids.max()) + 1
     by_image = torch.stack([image_of_text, text_ids], 1).unique(dim=0)  # sorted
     by_text = by_image.flip(1).unique(dim=0)
-    image_ranks, text_ranks = [], []
-    image_positives = text_positives = 0
-    for rows in torch.arange(len(image), device=image.device).split(max(1, chunk // len(text))):
-        positives = _marks(by_image, rows, kinds)[:, text_ids]
-        image_ranks.append(best_rank(scores_of(image[rows], text), positives))
-        image_positives += int(positives.sum())
-    for rows in torch.arange(len(text), device=image.device).split(max(1, chunk // len(image))):
-        positives = _marks(by_text, text_ids[rows], len(image))
-        text_ranks.append(best_rank(scores_of(text[rows], image), positives))
-        text_positives += int(positives.sum())
-    pairs = len(image) * len(text)
-    return Retrieval(
-        torch.cat(image_ranks), image_positives / pairs, torch.cat(text_ranks), text_positives / pairs
+    chance = int(text_ids.bincount(minlength=kinds)[by_image[:, 1]].sum()) / (len(image) * len(text))
+
+    order = image_of_text.argsort(stable=True)  # the texts of an image lie together: few tiles hold positives
+    sorted_text = (
+        text if bool((order == torch.arange(len(order), device=order.device)).all()) else text[order]
     )
+    tiles = _tiles(image_of_text[order], len(image), chunk)
+    best = _best_positives(image, sorted_text, by_image, text_ids[order], tiles)
+    if over_ranks:
+        tiles = tiles._replace(rows=tiles.rows[distributed.rank() :: distributed.world_size()])
+    of_image, of_text = _counts(image, sorted_text, best, tiles)
+    if over_ranks:  # counts are whole numbers: their sum is the same in any order
+        of_image, of_text = (
+            distributed.all_gather(one[None]).sum(0) if distributed.world_size() > 1 else one
+            for one in (of_image, of_text)
+        )
+
+    lower, at_most = of_image.long()
+    image_ranks = len(text) - at_most
+    for some in (at_most - lower != 1).nonzero()[:, 0].split(max(1, chunk // len(text))):
+        positives = _marks(by_image, some, kinds)[:, text_ids]
+        image_ranks[some] = best_rank(scores_of(image[some], text), positives)
+    lower, at_most = of_text.long()
+    text_ranks = torch.empty_like(image_of_text)
+    text_ranks[order] = len(image) - at_most
+    for some in order[at_most - lower != 1].split(max(1, chunk // len(image))):
+        positives = _marks(by_text, text_ids[some], len(image))
+        text_ranks[some] = best_rank(scores_of(text[some], image), positives)
+    return Retrieval(image_ranks, chance, text_ranks, chance)
+
+
+class _Tiles(NamedTuple):
+    """Blocks of images, and of texts sorted by image, none of which holds texts of two blocks of images."""
+
+    rows: list[slice]
+    columns: list[slice]
+
+
+def _tiles(image_of_text: Tensor, images: int, chunk: int) -> _Tiles:
+    """Blocks of which one of images and one of texts make a tile of at most `chunk` scores, in shape like the whole."""
+    high = max(1, math.isqrt(chunk * images // len(image_of_text)))
+    high = min(high // ALIGNED * ALIGNED or high, chunk)
+    rows = [slice(start, min(start + high, images)) for start in range(0, images, high)]
+    starts = torch.tensor([block.start for block in rows], device=image_of_text.device)
+    cuts = [*torch.searchsorted(image_of_text.contiguous(), starts).tolist(), len(image_of_text)]
+    wide = max(1, chunk // high)
+    columns = [
+        slice(at, min(at + wide, stop))
+        for start, stop in itertools.pairwise(cuts)
+        for at in range(start, stop, wide)
+    ]
+    return _Tiles(rows, columns)
+
+
+def _best_positives(
+    image: Tensor, text: Tensor, by_image: Tensor, text_ids: Tensor, tiles: _Tiles
+) -> tuple[Tensor, Tensor]:
+    """(I,), (T,) the highest score of a positive of each image and of each text, from the very tiles that are counted
+    later, so that they are the same bits."""
+    best_image = image.new_full((len(image),), -torch.inf)
+    best_text = text.new_full((len(text),), -torch.inf)
+    starts = torch.tensor([block.start for block in tiles.columns], device=image.device)
+    by_kind = text_ids.argsort(stable=True)
+    sorted_ids, images = text_ids[by_kind], by_image[:, 0].contiguous()
+    for block in tiles.rows:
+        first, last = torch.searchsorted(
+            images, torch.tensor([block.start, block.stop], device=image.device)
+        ).tolist()
+        own, kind = by_image[first:last, 0], by_image[first:last, 1].contiguous()
+        # every text of the kinds that belong to these images
+        at, count = _ranges(sorted_ids, kind)
+        row, column = torch.repeat_interleave(own, count), by_kind[at]
+        tile = torch.searchsorted(starts, column, right=True) - 1
+        for t in tile.unique().tolist():
+            r, c = row[tile == t], column[tile == t]
+            scores = scores_of(image[block], text[tiles.columns[t]])[
+                r - block.start, c - tiles.columns[t].start
+            ]
+            best_image.scatter_reduce_(0, r, scores, "amax")
+            best_text.scatter_reduce_(0, c, scores, "amax")
+    return best_image, best_text
+
+
+def _counts(image: Tensor, text: Tensor, best: tuple[Tensor, Tensor], tiles: _Tiles) -> tuple[Tensor, Tensor]:
+    """(2, I), (2, T) float64: of each image's, and each text's, scores in these rows, how many are lower than its best
+    positive's, and how many are not higher. NaN is neither."""
+    of_image = torch.zeros(2, len(image), dtype=torch.float64, device=image.device)
+    of_text = torch.zeros(2, len(text), dtype=torch.float64, device=image.device)
+    mask = image.new_empty(0)
+    for block in tiles.rows:
+        for at in tiles.columns:
+            scores = scores_of(image[block], text[at])
+            if mask.shape != scores.shape:
+                mask = torch.empty_like(scores)
+            for i, compare in enumerate((torch.lt, torch.le)):
+                of_image[i, block] += compare(scores, best[0][block, None], out=mask).sum(1)
+                of_text[i, at] += compare(scores, best[1][at], out=mask).sum(0)
+    return of_image, of_text
 
 
 def retrieval_recall(
@@ -133,7 +227,7 @@ def retrieval_recall(
     image_of_text: Int[Tensor, " T"],
     ks: Sequence[int],
     text_ids: Int[Tensor, " T"] | None = None,
-    chunk: int = CHUNK,
+    chunk: int = TILE,
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Recall@k of images as queries for texts, and of texts for images: `recall_at_k` without the whole
     matrix.
@@ -164,13 +258,17 @@ def standard_error(
 
 def _marks(pairs: Tensor, keys: Tensor, width: int) -> Tensor:
     """(len(keys), width) bool: True at [r, v] for every pair (keys[r], v); pairs (P, 2) are sorted by key."""
-    sorted_keys = pairs[:, 0].contiguous()
+    at, count = _ranges(pairs[:, 0].contiguous(), keys)
+    row = torch.repeat_interleave(torch.arange(len(keys), device=keys.device), count)
+    marks = torch.zeros(len(keys), width, dtype=torch.bool, device=keys.device)
+    marks[row, pairs[at, 1]] = True
+    return marks
+
+
+def _ranges(sorted_keys: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of every key among the sorted ones, key after key, and how many each has."""
     start = torch.searchsorted(sorted_keys, keys)
     count = torch.searchsorted(sorted_keys, keys, right=True) - start
-    row = torch.repeat_interleave(torch.arange(len(keys), device=keys.device), count)
-    within = torch.arange(len(row), device=keys.device) - torch.repeat_interleave(
-        count.cumsum(0) - count, count
-    )
-    marks = torch.zeros(len(keys), width, dtype=torch.bool, device=keys.device)
-    marks[row, pairs[start[row] + within, 1]] = True
-    return marks
+    total = int(count.sum())
+    within = torch.arange(total, device=keys.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    return torch.repeat_interleave(start, count) + within, count

@@ -15,12 +15,33 @@ DIRECTIONS = {
     "text_to_video": "text → video",
 }
 RECALL = re.compile(rf"({'|'.join(DIRECTIONS)})_recall@(\d+)(_reranked)?")
-SHARES = ("accuracy", "mean_per_class", "consistency", "in_vocabulary", "answerability", "bleu@")
+SHARES = (
+    "accuracy",
+    "mean_per_class",
+    "mean_average_precision",
+    "f1",
+    "ece",
+    "worst_group",
+    "group_gap",
+    "consistency",
+    "in_vocabulary",
+    "answerability",
+    "text_score",
+    "image_score",
+    "group_score",
+    "jaccard",
+    "precision",
+    "recall",
+    "yes_share",
+    "unclear",
+    "bleu@",
+)
 
 
 class Row(NamedTuple):
     """A line of the table of a set, as text; empty where there is no such number."""
 
+    key: str
     label: str
     before: str
     after: str
@@ -43,11 +64,12 @@ def table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> 
     either = {**before, **after}
     return [
         Row(
+            key,
             label(key),
-            _show(key, before.get(key)),
-            _show(key, after.get(key)),
+            shown(key, before.get(key)),
+            shown(key, after.get(key)),
             _show_error(after.get(key), after.get(f"{key}_error")),
-            _show(key, chance(either, key), places=2),
+            shown(key, chance(either, key), places=2),
         )
         for key in sorted(either, key=lambda key: key.startswith("text_to_"))
         if _is_result(key) and isinstance(either[key], int | float)
@@ -68,14 +90,17 @@ def counts(figures: Mapping[str, Any]) -> str:
 def chance(figures: Mapping[str, Any], key: str) -> float | None:
     """What guessing gives: the figure that says so; for recall@k above 1 the odds of a random top k."""
     recall = RECALL.fullmatch(key)
-    if key in ("accuracy", "mean_per_class"):
+    if key in ("accuracy", "mean_per_class", "mean_average_precision"):
         said = figures.get("chance")
+    elif key.startswith("mean_recall@1"):
+        both = [value for name, value in figures.items() if name.endswith("_chance")]
+        said = sum(both) / len(both) if both else None
     elif recall and recall.group(2) == "1":
         said = figures.get(f"{recall.group(1)}_chance")
     elif key.startswith("accuracy@") and figures.get("classes"):
         said = min(1.0, int(key.removeprefix("accuracy@")) / figures["classes"])
     else:
-        said = None
+        said = figures.get(f"{key}_chance")
     if isinstance(said, int | float):
         return said
     images = figures.get("samples")
@@ -119,7 +144,7 @@ def best(history: History) -> str:
     value, step = (min if key.endswith("loss") else max)(values, key=lambda pair: pair[0])
     return (
         f" <code>model/</code> holds the weights of step {step:,}, the best {escape(label(key))} "
-        f"of {escape(name)}: {_show(key, value)}."
+        f"of {escape(name)}: {shown(key, value)}."
     )
 
 
@@ -157,7 +182,8 @@ def _is_share(key: str) -> bool:
     return key.startswith(SHARES) or "recall@" in key
 
 
-def _show(key: str, value: Any, places: int = 1) -> str:
+def shown(key: str, value: Any, places: int = 1) -> str:
+    """A figure as text: shares in percent."""
     if not isinstance(value, int | float):
         return escape(str(value)) if value is not None else ""
     if not _is_share(key):

@@ -11,9 +11,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from mm.data import decode
 from mm.data.decode import BadSample
-from mm.data.shards import Sample, ShardSet
+from mm.data.shards import Sample
 from mm.data.video import video_of
 from mm.errors import UserError
+from mm.evaluators.sets import Samples
 
 if TYPE_CHECKING:
     from mm.evaluators import EvaluatorConfig, Ranking
@@ -63,7 +64,7 @@ def build_gallery(model: "TwoTower", name: str, config: "EvaluatorConfig", queri
     return Gallery(name, [Query(each.query, pictures(samples, each, video)) for each in found])
 
 
-def spread_captions(samples: ShardSet, count: int) -> list[str]:
+def spread_captions(samples: Samples, count: int) -> list[str]:
     """A caption of each of `count` samples (at most all), spread evenly; bad ones are passed over."""
     texts: list[str] = []
     for number, index in enumerate(np.linspace(0, len(samples) - 1, min(count, len(samples))).round()):
@@ -75,7 +76,7 @@ def spread_captions(samples: ShardSet, count: int) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def pictures(samples: ShardSet, ranking: "Ranking", video: bool = False) -> list[Hit]:
+def pictures(samples: Samples, ranking: "Ranking", video: bool = False) -> list[Hit]:
     """The images of a ranking, or the middle frames of its videos, as the page shows them."""
     hits = []
     for index, score in zip(ranking.indices, ranking.scores, strict=True):
