@@ -16,7 +16,7 @@ from torchvision.transforms.functional import normalize
 
 from mm.encoders import open_clip_source
 from mm.encoders.image import ImageConfig, build_image_encoder
-from mm.encoders.text import TextConfig, build_text_encoder
+from mm.encoders.text import TextConfig, build_text_encoder, text_encoder
 from mm.errors import UserError
 from mm.losses import contrastive
 from mm.models.adapt import ImageAdaptation, TextAdaptation, adapt
@@ -278,6 +278,59 @@ def test_a_published_model_starts_a_run_from_its_towers_alone(tmp_path):
     )
     model = TwoTower(image, text, dim=8)
     assert model.encode_text(TEXTS).shape == (4, 8) and not image.trunk.visual_projection.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("config", "runs"),
+    [
+        (transformers.MPNetConfig(**ROBERTA), "eager"),
+        (transformers.DebertaV2Config(**ROBERTA), "eager"),
+        (transformers.RobertaConfig(**ROBERTA), "sdpa"),
+    ],
+    ids=["mpnet", "deberta", "roberta"],
+)
+def test_a_family_without_sdpa_runs_what_it_has_and_the_spec_says_so(tmp_path, config, runs):
+    torch.manual_seed(0)
+    theirs = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    folder = tmp_path / "network"
+    for one in (theirs, words()):
+        one.save_pretrained(folder)
+    for pretrained in (True, False):
+        ours = build_text_encoder(TextConfig(name=str(folder), pretrained=pretrained)).eval()
+        assert ours.spec["attention"] == ours.trunk.config._attn_implementation == runs
+        # as mm's model.json has it
+        again = text_encoder(json.loads(json.dumps(ours.spec)), folder)
+        assert again.trunk.config._attn_implementation == runs
+        ids, mask = ours.tokenizer.pad([ours.tokenizer(text) for text in TEXTS])
+        if pretrained:
+            with torch.no_grad():
+                expected = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state[:, 0]
+            torch.testing.assert_close(ours(ids, mask).pooled, expected, rtol=0, atol=1e-5)
+    chosen = {"name": str(folder), "attention": "eager"}
+    assert build_text_encoder(TextConfig(**chosen)).trunk.config._attn_implementation == "eager"
+    refused = {
+        "flash_attention_2": "flash-attn.*use sdpa" if runs == "sdpa" else "leave it out, or use eager"
+    }
+    if runs == "eager":
+        refused["sdpa"] = "does not have attention: sdpa; leave it out, or use eager"
+    for attention, message in refused.items():
+        with pytest.raises(UserError, match=message):
+            build_text_encoder(TextConfig(name=str(folder), attention=attention))
+
+
+def test_attention_is_chosen_in_a_dual_encoder_too(tmp_path):
+    theirs = save(tmp_path / "clip", "clip")
+    name = f"transformers:{tmp_path / 'clip'}"
+    found = {}
+    for attention in (None, "sdpa", "eager"):
+        found[attention] = build_text_encoder(TextConfig(name=name, pretrained=True, attention=attention))
+        network = found[attention].trunk.text_model
+        assert (
+            network.config._attn_implementation == found[attention].spec["attention"] == (attention or "sdpa")
+        )
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, theirs.text_model.state_dict()[key])
+    assert found[None].spec["attention"] == "sdpa"
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_table_has_before_after_error_and_chance(tmp_path):
     before, after = classification(0.1), classification(0.7)
     rows = {row.label: row for row in figures.table(before, after)}
     assert list(rows) == ["accuracy", "accuracy in top 5", "mean per class"]
-    assert rows["accuracy"] == ("accuracy", "10.0%", "70.0%", "1.1", "10.0%")
+    assert rows["accuracy"] == ("accuracy", "accuracy", "10.0%", "70.0%", "1.1", "10.0%")
     assert rows["accuracy in top 5"].chance == "50.0%"
     assert rows["accuracy in top 5"].error == ""
     assert figures.counts(after) == (
@@ -184,7 +184,7 @@ def test_table_has_before_after_error_and_chance(tmp_path):
     )
     only_after = figures.table(None, retrieval(0.3))
     assert [row.before for row in only_after] == [""] * 6
-    assert only_after[0][:3] == ("image → text, recall@1", "", "30.0%")
+    assert only_after[0][1:4] == ("image → text, recall@1", "", "30.0%")
 
 
 @pytest.mark.parametrize("images,each", [(7, 1), (40, 5), (3, 2)])

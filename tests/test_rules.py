@@ -38,6 +38,7 @@ KNOWS = {
     "mm.models": (
         *MODELS,
         "mm.files",
+        "mm.tensorfile",
         "mm.data.transforms",
         "mm.data.decode",
         "mm.data.clips",

@@ -3,7 +3,8 @@
 `python -m eval.bench.evaluation [parts=[classifier,recall] ...]`. The classifier is built from ImageNet's class names
 and templates by the text tower of ViT-B/32, random weights, fp32, in turns in one process. Recall is that of
 embeddings which are there already, each side in a process of its own, whose memory is what it holds at most beyond
-its imports and the embeddings. `large`: ours alone, on as many as CLIP_benchmark could not hold.
+its imports and the embeddings. `large`: ours alone, on as many as CLIP_benchmark could not hold. `suite`: five sets
+with both programs from the shell, imports and opening the model included (`suite.model=runs/demo`: with that model).
 """
 
 import json
@@ -16,11 +17,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from eval.bench import peer
+from eval.bench.evaluation_suite import Apart, SuiteSize, run_suite
 from eval.bench.measure import Row, Seconds, cpus, paired_ratio, table, walls
 from mm import program
 from mm.config import Config, parse
 
-Part = Literal["classifier", "recall", "large"]
+Part = Literal["classifier", "recall", "large", "suite"]
 MIB = 2**20
 
 
@@ -60,14 +62,16 @@ class RecallSize(Config):
 class EvaluationConfig(Config):
     """What is measured."""
 
-    parts: list[Part] = ["classifier", "recall", "large"]
-    """The zero-shot classifier; recall; recall of ours alone, on many."""
+    parts: list[Part] = ["classifier", "recall", "large", "suite"]
+    """The zero-shot classifier; recall; recall of ours alone, on many; five sets end to end."""
     classifier: ClassifierSize = ClassifierSize()
     """Sizes of the first."""
     recall: RecallSize = RecallSize()
     """Sizes of the second."""
     large: RecallSize = RecallSize(images=100_000, dim=64, noise=2.0, turns=1)
     """Sizes of the third."""
+    suite: SuiteSize = SuiteSize()
+    """Sizes of the fourth."""
     folder: Path = Path("build/bench/evaluation")
     """Where settings, answers and logs are written."""
 
@@ -144,6 +148,58 @@ def large(config: EvaluationConfig) -> list[Row]:
     return [Row("E2", what, f"{held / MIB:.0f} MiB", "< 1 GiB", held < 1024 * MIB)]
 
 
+def suite(config: EvaluationConfig) -> list[Row]:
+    """E3."""
+    found = run_suite(config.suite, config.folder)
+    faster = _ratios(found.theirs, found.first)
+    shares = [_ratios(one, found.first) for one in (found.again, found.known, found.start)]
+    again, known, start = map(_percent, shares)
+    beyond = _ratios(_less(found.again, found.start), _less(found.first, found.start))
+    model = config.suite.model or "random weights"
+    within = {"as they are": found.resized, "of the model's size": found.fitting}
+    return [
+        Row("E3", f"five sets end to end, {model}", _times(faster), ">= 3x", min(faster) >= 3),
+        *(
+            Row("E3", f"its figures, images {which}", _apart(both), "<= 1e-4", _worst(both) <= 1e-4)
+            for which, both in within.items()
+        ),
+        Row(
+            "E3",
+            f"with its embeddings, over the first ({start} to start)",
+            again,
+            "<= 5%",
+            max(shares[0]) <= 0.05,
+        ),
+        Row("E3", "the same, both without the start", _percent(beyond), "<= 5%", max(beyond) <= 0.05),
+        Row("E3", "with its results, over the first", known, "<= 5%", max(shares[1]) <= 0.05),
+    ]
+
+
+def _worst(both: list[Apart]) -> float:
+    return max(abs(one.theirs - one.ours) for one in both)
+
+
+def _apart(both: list[Apart]) -> str:
+    """The worst difference, and how many samples the differing figures are apart."""
+    differing = [one for one in both if abs(one.theirs - one.ours) > 1e-6]  # theirs are float32
+    for one in differing:
+        samples = f", {round(abs(one.theirs - one.ours) * one.of)} of {one.of} samples" if one.of else ""
+        print(f"  {one.set} {one.figure}: {one.theirs:.4f} theirs, {one.ours:.4f} ours{samples}", flush=True)
+    return f"{_worst(both):.1e}; {len(differing)} of {len(both)} differ"
+
+
+def _less(turns: list[Seconds], start: list[Seconds]) -> list[Seconds]:
+    """At least nothing."""
+    return [
+        Seconds(*(max(0.0, a - b) for a, b in zip(*pair, strict=True)))
+        for pair in zip(turns, start, strict=True)
+    ]
+
+
+def _percent(shares: tuple[float, float]) -> str:
+    return f"{shares[0]:.1%} wall, {shares[1]:.1%} CPU"
+
+
 def _sizes(size: RecallSize) -> str:
     return f"{size.images:,} images x {size.images * size.captions:,} captions, D {size.dim}"
 
@@ -162,7 +218,7 @@ def _print(name: str, seconds: list[Seconds], more: str = "") -> None:
     print(f"  {name:9} {turns} s (CPU)  {more}".rstrip(), flush=True)
 
 
-PARTS = {"classifier": classifier, "recall": recall, "large": large}
+PARTS = {"classifier": classifier, "recall": recall, "large": large, "suite": suite}
 
 
 def measure(config: EvaluationConfig) -> list[Row]:

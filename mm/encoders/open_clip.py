@@ -212,7 +212,9 @@ def _image(config: ImageConfig, source: Source, whole: Any = None) -> OpenClipIm
         "kind": "open_clip",
         "name": config.name,
         "model": {
-            key: source.model[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in source.model
+            key: source.model[key]
+            for key in ("embed_dim", "vision_cfg", "quick_gelu", "timm")
+            if source.model.get(key) is not None
         },
         "size": size,
         "checkpointing": config.checkpointing,

@@ -4,12 +4,14 @@ import copy
 import difflib
 import json
 import math
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+import timm
 import torch
 from open_clip import factory
 from open_clip import model as towers
@@ -22,6 +24,8 @@ from open_clip.pretrained import (
     list_pretrained_tags_by_model,
 )
 from open_clip.transform import PreprocessCfg
+from timm.models import load_model_config_from_hf, parse_model_name
+from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
 from mm.encoders.hf import positions_of, quiet_transformers
@@ -32,6 +36,8 @@ from mm.errors import UserError
 
 HUB = "hf-hub:"
 CONFIG = "open_clip_config.json"
+TIMM = ("architecture", "num_classes", "model_args", "pretrained_cfg")  # what timm reads in a config.json
+PLACES = ("file", "source", "hf_hub_id", "label_names", "label_descriptions")  # of no use without weights
 
 
 class Source(NamedTuple):
@@ -39,6 +45,7 @@ class Source(NamedTuple):
 
     name: str
     model: dict[str, Any]
+    """its JSON config; `timm` beside: what its image tower's name leads to"""
     preprocess: dict[str, Any]
     checkpoint: Path | None
     """the weights, where they are wanted"""
@@ -156,8 +163,9 @@ def find_source(name: str, pretrained: bool | str) -> Source:
     if "embed_dim" not in model or not all(isinstance(one, dict) for one in sections):
         raise UserError(f"{name} is not an open_clip config: it needs embed_dim, vision_cfg and text_cfg")
     model = copy.deepcopy(model)
-    if model["vision_cfg"].get("timm_model_name"):
+    if image := model["vision_cfg"].get("timm_model_name"):
         model["vision_cfg"]["timm_model_pretrained"] = False
+        model["timm"] = _timm_config(image, name, folder)
     return Source(name, model, preprocess, checkpoint if pretrained else None, folder)
 
 
@@ -194,20 +202,26 @@ def hf_values(source: Source) -> dict[str, Any] | None:
     name = source.model["text_cfg"].get("hf_model_name")
     if not name:
         return None
-    local = None if source.folder is None else source.folder / name
-    path = str(local) if local is not None and local.is_dir() else name
+    place = _described(
+        name, source.folder, lambda content: "model_type" in content and "vision_config" not in content
+    )
+    if place is None and name.startswith(("/", ".", "~")):
+        raise _missing("text", name, source.name)
     with from_hub(f"the text tower {name} of {source.name}"), quiet_transformers():
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place or name, trust_remote_code=False)
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {key: value for key, value in values.items() if key != "_name_or_path"}
+    return {key: value for key, value in values.items() if key not in ("_name_or_path", *TIMM)}
 
 
 def vision_tower(model: dict[str, Any], name: str) -> Any:
     """The image tower of a JSON config, with random weights."""
-    with _readable(name):
-        return towers._build_vision_tower(
-            model["embed_dim"], copy.deepcopy(model["vision_cfg"]), model.get("quick_gelu", False)
-        )
+    config = copy.deepcopy(model["vision_cfg"])
+    described = model.get("timm") or _timm_config(config.get("timm_model_name") or "", name, None)
+    with _readable(name), tempfile.TemporaryDirectory() as folder:
+        if described:  # open_clip hands timm a name alone
+            (Path(folder) / "config.json").write_text(json.dumps(described), encoding="utf-8")
+            config["timm_model_name"] = f"local-dir:{folder}"
+        return towers._build_vision_tower(model["embed_dim"], config, model.get("quick_gelu", False))
 
 
 def text_tower(model: dict[str, Any], hf: dict[str, Any] | None, name: str) -> Any:
@@ -243,6 +257,46 @@ def _read(file: Path, preprocess: dict[str, Any]) -> dict[str, Any]:
     preprocess |= {key: value for key, value in given.items() if value is not None}
     model: dict[str, Any] = content.get("model_cfg", content)
     return model
+
+
+def _timm_config(name: str, of: str, folder: Path | None) -> dict[str, Any] | None:
+    """What timm reads where an image tower's `name` leads to a folder or a hub, for a config.json; None where it does
+    not. `folder`: the model's own, looked into first."""
+    with _readable(of):
+        kind, target = parse_model_name(name)
+    if kind is None:
+        return None
+    place = _described(target, folder, lambda content: timm.is_model(str(content.get("architecture"))))
+    if place is not None:
+        published, network, arguments = load_model_config_from_path(place)
+    elif kind == "local-dir":
+        raise _missing("image", target, of)
+    else:
+        with from_hub(f"the image tower {name} of {of}"):
+            published, network, arguments = load_model_config_from_hf(target)
+    kept = {key: value for key, value in published.items() if key not in PLACES}
+    return {"architecture": network, "model_args": arguments, "pretrained_cfg": kept}
+
+
+def _described(name: str, folder: Path | None, fits: Callable[[dict[str, Any]], bool]) -> Path | None:
+    """Where the config.json lies that a tower's `name` leads to: in the folder of that name inside the model's own,
+    in that of that path, or in the model's own, which has moved since; None where there is none that `fits`."""
+    path = Path(name).expanduser()
+    for place in (path,) if folder is None else (folder / path, path, folder):
+        try:
+            content = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and fits(content):
+            return place
+    return None
+
+
+def _missing(tower: str, place: str, name: str) -> UserError:
+    return UserError(
+        f"there is no {place}/config.json that describes the {tower} tower of {name}: put that folder back, or that "
+        f"file beside {CONFIG}"
+    )
 
 
 def _published(

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from mm.config import Config
 from mm.encoders import Features
-from mm.encoders.hf import DEFAULT_CONTEXT, Attention, check_attention, positions_of, quiet_transformers
+from mm.encoders.hf import (
+    DEFAULT_CONTEXT,
+    Attention,
+    attention_of,
+    network_class,
+    positions_of,
+    quiet_transformers,
+)
 from mm.encoders.image import OPEN_CLIP, TRANSFORMERS, changed
 from mm.encoders.tokenizer import Tokenizer, hf_tokenizer
 from mm.encoders.tower import Tower, layers_around_blocks
@@ -69,8 +76,8 @@ class TextConfig(Config):
     """Attention heads of a random network; null: as its config says."""
     dropout: float | None = None
     """Dropout of activations and attention; null: as its config says."""
-    attention: Attention = "sdpa"
-    """Which attention code runs."""
+    attention: Attention | None = None
+    """Which attention code runs; null: sdpa, or eager in a network that has no other."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     lock: bool = False
@@ -132,7 +139,7 @@ class BertEncoder(TextEncoder):
                 pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
             else:
                 first = mask.int().argmax(1)  # the padding may be on the left
-                pooled = tokens[torch.arange(len(tokens), device=tokens.device), first]
+                pooled = tokens[torch.arange(tokens.shape[0], device=tokens.device), first]
         return Features(pooled, tokens, mask)
 
     def layers(self) -> list[list[str]]:
@@ -176,12 +183,20 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
 
 
 def text_encoder(spec: dict[str, Any], tokenizer_folder: Path) -> TextEncoder:
-    """The encoder of a `spec`, with random weights and the tokenizer in a folder: needs no network."""
-    if spec["kind"] == "open_clip":
-        from mm.encoders.open_clip import OpenClipTextEncoder, load_tokenizer
+    """The encoder of a `spec`, with random weights and the tokenizer in a folder: needs no network.
 
-        return OpenClipTextEncoder(spec, load_tokenizer(spec, tokenizer_folder))
-    words = Tokenizer(hf_tokenizer(str(tokenizer_folder)), spec["context_length"])
+    Raises UserError where the tokenizer is not there.
+    """
+    from mm.encoders.open_clip import OpenClipTextEncoder, load_tokenizer
+
+    try:
+        if spec["kind"] == "open_clip":
+            return OpenClipTextEncoder(spec, load_tokenizer(spec, tokenizer_folder))
+        words = Tokenizer(hf_tokenizer(str(tokenizer_folder)), spec["context_length"])
+    except OSError as error:  # transformers takes a folder that is not there for a hub's name
+        raise UserError(
+            f"the tokenizer of {spec['name']} is not in {tokenizer_folder}: copy the model's folder again, as a whole"
+        ) from error
     if spec["kind"] == "transformers":
         from mm.encoders.transformers_clip import TransformersTextEncoder
 
@@ -226,7 +241,7 @@ def _build_bert(config: TextConfig) -> BertEncoder:
         "name": config.name,
         "hf": {key: value for key, value in hf_values.items() if key != "_name_or_path"},
         "pooling": pooling,
-        "attention": config.attention,
+        "attention": attention_of(network_class(hf_config, config.name), config.attention, config.name),
         "checkpointing": config.checkpointing,
     }
     if config.pretrained:
@@ -297,8 +312,8 @@ def _random(spec: dict[str, Any]) -> nn.Module:
 
     values = dict(spec["hf"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    check_attention(spec)
-    arguments = {"attn_implementation": spec["attention"], "dtype": torch.float32, "trust_remote_code": False}
+    attention = attention_of(network_class(config, spec["name"]), spec["attention"], spec["name"])
+    arguments = {"attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": False}
     try:
         return AutoModel.from_config(config, add_pooling_layer=spec["pooling"] == "pooler", **arguments)
     except TypeError:  # a family that never has a pooler

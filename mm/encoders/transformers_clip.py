@@ -263,11 +263,15 @@ def _text(config: TextConfig, source: Source, whole: Any) -> TransformersTextEnc
         "family": source.config.model_type,
         "dim": source.config.projection_dim if source.family.projected else None,
         "hf": hf,
-        "attention": config.attention,
+        "attention": source.attention(config.attention),
         "checkpointing": config.checkpointing,
     }
-    same = hf == source.values("text") and config.attention == TextConfig().attention
-    if whole and same:
+    same = (
+        whole
+        and hf == source.values("text")
+        and spec["attention"] == whole.text_model.config._attn_implementation
+    )
+    if same:
         trunk = TextTrunk(
             whole.text_model, getattr(whole, "text_projection", None), source.family.first_token
         )

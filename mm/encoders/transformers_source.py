@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from mm.encoders.hf import check_attention, quiet_transformers
+from mm.encoders.hf import attention_of, network_class, quiet_transformers
 from mm.encoders.image import TRANSFORMERS
 from mm.encoders.tokenizer import hf_tokenizer
 from mm.encoders.weights import from_hub, model_folder
@@ -162,6 +162,10 @@ class Source:
                     canonicalise(words)
                 return words
 
+    def attention(self, given: str | None) -> str:
+        """The attention code of the text tower, as of `attention_of`."""
+        return attention_of(_class(self.family, "text", self.config.text_config, self.name), given, self.name)
+
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
         """Around a read of the folder or the hub: whatever fails becomes a UserError that says what and why."""
@@ -186,18 +190,24 @@ def random_network(spec: dict[str, Any], tower: str) -> nn.Module:
     family = FAMILIES[spec["family"]]
     values = dict(spec["hf"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    if "attention" in spec:
-        check_attention(spec)
-    config._attn_implementation = spec.get("attention")
     if config.model_type == TIMM:
         check_timm(config.architecture)
-    name = family.vision if tower == "vision" else family.text
-    if name == "AutoModel":
+    kind = _class(family, tower, config, spec["name"])
+    config._attn_implementation = (
+        attention_of(kind, spec["attention"], spec["name"]) if "attention" in spec else None
+    )
+    if family.text == "AutoModel":
         network: nn.Module = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
         return network
     pooler = {"add_pooling_layer": False} if tower == "text" and family.first_token else {}
-    network = getattr(transformers, name)(config, **pooler)
+    network = kind(config, **pooler)
     return network
+
+
+def _class(family: Family, tower: str, config: Any, name: str) -> Any:
+    """transformers' class of the tower `vision` or `text`."""
+    kind = family.vision if tower == "vision" else family.text
+    return network_class(config, name) if kind == "AutoModel" else getattr(transformers, kind)
 
 
 def canonicalise(words: Any) -> None:

@@ -8,13 +8,15 @@ import importlib
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from mm.config import Config
 from mm.errors import UserError
 
 FORMATS = {  # format -> module, function of (model, config)
     "open_clip": ("mm.export.open_clip", "export_open_clip"),
     "transformers": ("mm.export.huggingface", "export_transformers"),
-    "onnx": ("mm.export.onnx", "export_onnx"),
+    "onnx": ("mm.export.onnx", "export"),
 }
 
 
@@ -30,6 +32,13 @@ class ExportConfig(Config):
     repo: str | None = None
     """For open_clip: the name (OWNER/NAME) under which the folder will be on a hub; what it looks up outside its own
     files is then looked up there. null: in `out`, by its absolute path."""
+    int8: bool = False
+    """For onnx: write the graphs with weights of 8 bits too, and say what that costs."""
+    data: str | None = None
+    """For onnx: an evaluation set of labelled or captioned images (a folder in CLIP_benchmark's layout), on which the
+    graphs are measured beside the model; its first images calibrate those of 8 bits."""
+    opset: int = Field(20, ge=18)
+    """For onnx: of the graphs."""
 
 
 def run(config: ExportConfig) -> None:
@@ -44,8 +53,9 @@ def run(config: ExportConfig) -> None:
     out = config.out.expanduser()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out {out} is there already, and not an empty folder; choose another, or remove it")
-    if config.repo is not None and config.format != "open_clip":
-        raise UserError(f"repo says nothing of format {config.format}; leave it out")
+    for key, format in (("repo", "open_clip"), ("int8", "onnx"), ("data", "onnx"), ("opset", "onnx")):
+        if key in config.model_fields_set and config.format != format:
+            raise UserError(f"{key} says nothing of format {config.format}; leave it out")
     model = open_model(config.model)
     module, function = FORMATS[config.format]
     getattr(importlib.import_module(module), function)(model, config)

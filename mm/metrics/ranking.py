@@ -47,10 +47,12 @@ def topk_hits(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"], k: int) -
     return best_rank(scores, true) < min(k, scores.shape[1])
 
 
-def scores_of(rows: Float[Tensor, "N D"], columns: Float[Tensor, "C D"]) -> Float[Tensor, "N C"]:
+def scores_of(
+    rows: Float[Tensor, "N D"], columns: Float[Tensor, "C D"], out: Tensor | None = None
+) -> Float[Tensor, "N C"]:
     """rows @ columns.T in their own precision: bfloat16, as autocast would have it, makes many scores equal."""
     with torch.autocast(rows.device.type, enabled=False):
-        return rows @ columns.T
+        return torch.mm(rows, columns.T, out=out)
 
 
 def classification_hits(
@@ -209,12 +211,13 @@ def _counts(image: Tensor, text: Tensor, best: tuple[Tensor, Tensor], tiles: _Ti
     positive's, and how many are not higher. NaN is neither."""
     of_image = torch.zeros(2, len(image), dtype=torch.float64, device=image.device)
     of_text = torch.zeros(2, len(text), dtype=torch.float64, device=image.device)
-    mask = image.new_empty(0)
+    # new memory for every tile would take a tenth of the time
+    scores = mask = image.new_empty(0)
     for block in tiles.rows:
         for at in tiles.columns:
-            scores = scores_of(image[block], text[at])
-            if mask.shape != scores.shape:
-                mask = torch.empty_like(scores)
+            if scores.shape != (shape := (len(image[block]), len(text[at]))):
+                scores, mask = image.new_empty(shape), image.new_empty(shape)
+            scores_of(image[block], text[at], out=scores)
             for i, compare in enumerate((torch.lt, torch.le)):
                 of_image[i, block] += compare(scores, best[0][block, None], out=mask).sum(1)
                 of_text[i, at] += compare(scores, best[1][at], out=mask).sum(0)

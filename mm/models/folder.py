@@ -140,22 +140,27 @@ def load_model(path: str | Path) -> Model:
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the model in {folder} is damaged: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        image = image_encoder(description["image"])
-        towers = TwoTower(
-            image,
-            text_encoder(description["text"], folder / TOKENIZER),
-            video=video_encoder(description["video"], image) if "video" in description else None,
-            **description["head"],
-        )
-        model: Model = towers
-        if description["kind"] == "fused":
-            model = Fused(towers, {name: head(spec) for name, spec in description["heads"].items()})
+    model = build_model(description, folder / TOKENIZER)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the weights in {folder} do not fit its {DESCRIPTION}: {error}") from error
     return model.eval()
+
+
+def build_model(description: dict[str, Any], tokenizer: Path) -> Model:
+    """The model that a `model.json` describes, with random weights, which leave the generators as they were."""
+    with torch.random.fork_rng(devices=[]):
+        image = image_encoder(description["image"])
+        towers = TwoTower(
+            image,
+            text_encoder(description["text"], tokenizer),
+            video=video_encoder(description["video"], image) if "video" in description else None,
+            **description["head"],
+        )
+        if description["kind"] == "fused":
+            return Fused(towers, {name: head(spec) for name, spec in description["heads"].items()})
+        return towers
 
 
 def _old(folder: Path) -> Path:

@@ -8,10 +8,11 @@ import torch
 from mm.encoders.image import OPEN_CLIP, TRANSFORMERS, ImageEncoder
 from mm.encoders.text import TextEncoder
 from mm.errors import UserError
-from mm.models.folder import DESCRIPTION, Model, load_model
+from mm.models.folder import DESCRIPTION, Model, find_model, load_model, read_description
 from mm.models.two_tower import TwoTower
 
 LIMIT = 100.0
+ONNX = "onnx:"
 
 
 def open_model(name: str | Path) -> Model:
@@ -21,6 +22,8 @@ def open_model(name: str | Path) -> Model:
     - open_clip:NAME@TAG, open_clip:NAME@FILE; open_clip:FOLDER with open_clip_config.json and weights
     - transformers:NAME or transformers:FOLDER with the config.json of a dual encoder and weights
     - such a folder without the prefix
+    - a folder of ONNX graphs that `mm export` wrote: the model that was exported; onnx:FOLDER: the graphs themselves, as
+      onnxruntime runs them, onnx:FOLDER@int8 those in 8 bits
 
     Raises UserError, with what to do, for what does not exist or fit, or cannot be fetched.
     """
@@ -34,6 +37,13 @@ def _open(given: str) -> Model:
         return _open_clip(given)
     if given.startswith(TRANSFORMERS):
         return _transformers(given)
+    if given.startswith(ONNX):
+        from mm.models.onnx import open_onnx
+
+        place, _, kind = given.removeprefix(ONNX).partition("@")
+        if kind not in ("", "int8"):
+            raise UserError(f"{given}: of graphs there is onnx:{place} and onnx:{place}@int8")
+        return open_onnx(place, int8=bool(kind))
     if not any((place / DESCRIPTION).is_file() for place in (folder / "model", folder)):
         from mm.encoders.transformers_source import is_dual_encoder
 
@@ -42,6 +52,11 @@ def _open(given: str) -> Model:
         if is_dual_encoder(folder):
             return _transformers(f"{TRANSFORMERS}{folder}")
     try:
+        found = find_model(folder)
+        if "onnx" in read_description(found):
+            from mm.models.onnx import load_onnx
+
+            return load_onnx(found)
         return load_model(folder)
     except UserError as error:
         if folder.exists():

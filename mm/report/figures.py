@@ -17,6 +17,8 @@ DIRECTIONS = {
 RECALL = re.compile(rf"({'|'.join(DIRECTIONS)})_recall@(\d+)(_reranked)?")
 SHARES = (
     "accuracy",
+    "corrupted_accuracy",
+    "severity_",
     "mean_per_class",
     "mean_average_precision",
     "f1",
@@ -71,9 +73,14 @@ def table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> 
             _show_error(after.get(key), after.get(f"{key}_error")),
             shown(key, chance(either, key), places=2),
         )
-        for key in sorted(either, key=lambda key: key.startswith("text_to_"))
+        for key in sorted(either, key=_direction)
         if _is_result(key) and isinstance(either[key], int | float)
     ]
+
+
+def _direction(key: str) -> int:
+    """One way of retrieval after the other, and both together first."""
+    return 1 if key.startswith(("image_to_", "video_to_")) else 2 if key.startswith("text_to_") else 0
 
 
 def counts(figures: Mapping[str, Any]) -> str:
@@ -175,7 +182,7 @@ def panels(history: History) -> Iterator[Panel]:
 
 
 def _is_result(key: str) -> bool:
-    return key not in (*COUNTS, "bad", "majority") and not key.endswith(("_error", "chance"))
+    return key not in (*COUNTS, "bad", "majority", "training") and not key.endswith(("_error", "chance"))
 
 
 def _is_share(key: str) -> bool:
