@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from eval.bench import evaluation, evaluation_peer
+from eval.bench.evaluation_suite import Apart, Found
+from eval.bench.measure import Seconds
 from mm import zeroshot
 
 
@@ -55,7 +57,24 @@ def test_rows_tell_what_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
         "recall_ours": {"seconds": [1, 2], "bytes": held, "figures": {"text@1": 0.2502}},
     }
     monkeypatch.setattr(evaluation, "run", lambda job, *_: json.loads(json.dumps(answers[job])))
-    rows = evaluation.measure(evaluation.EvaluationConfig())
+    rows = evaluation.measure(evaluation.EvaluationConfig(parts=["classifier", "recall", "large"]))
     assert [row.bar for row in rows] == ["E1"] * 4 + ["E2"] * 4
     assert [row.met for row in rows] == [True, True, True, False, True, True, False, True]
     assert rows[0].figure == "4.50x wall, 8.00x CPU" and rows[5].figure == "100 v 700 MiB: 1/7.0"
+
+
+def test_rows_of_the_suite_count_each_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Found(
+        theirs=[Seconds(36, 36)],
+        first=[Seconds(12, 10)],
+        again=[Seconds(2.1, 2.1)],
+        known=[Seconds(0.5, 0.5)],
+        start=[Seconds(2, 2)],
+        resized=[Apart("photos", "accuracy", 0.5, 0.49, 300), Apart("photos", "accuracy@5", 0.7, 0.7, 300)],
+        fitting=[Apart("photos", "accuracy", 0.5, 0.50000001, 300)],
+    )
+    monkeypatch.setattr(evaluation, "run_suite", lambda *_: found)
+    rows = evaluation.measure(evaluation.EvaluationConfig(parts=["suite"]))
+    assert [row.met for row in rows] == [True, False, True, False, True, True]
+    assert rows[0].figure == "3.00x wall, 3.60x CPU" and rows[1].figure == "1.0e-02; 1 of 2 differ"
+    assert rows[4].figure == "1.0% wall, 1.3% CPU"

@@ -1,52 +1,26 @@
-"""A suite of five sets with both programs, from a shell to the results: for `evaluation`.
+"""A suite of five sets with both programs, from a shell to the results: for `evaluation`."""
 
-The sets lie in CLIP_benchmark's layout, made of emoji (`mm data make emoji`), which a demo's model tells apart:
-
-categories, concepts   classification; drawings of 96 pixels
-photos                 classification; JPEGs of 500 to 1,024 pixels, a drawing on a photograph
-flickr8k               retrieval; drawings, a caption each
-mscoco_captions        retrieval; such JPEGs, five captions each
-
-CLIP_benchmark takes a set for one of retrieval by its name, hence the last two; so that one command does all, as ours.
-"""
-
-import io
 import itertools
 import json
-import random
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from PIL import Image
 from pydantic import Field
 
-from eval.bench import peer, photos
+from eval.bench import peer
+from eval.bench.evaluation_sets import CLASSIFICATION, RETRIEVAL, fit_sets, write_sets
 from eval.bench.measure import Seconds
 from mm.config import Config
-from mm.data import decode
-from mm.data.catalog import index_shards
-from mm.data.shards import Sample, ShardSet
 from mm.data.transforms import EvalTransform
-from mm.data.writer import ShardWriter
 from mm.evaluators.retrieval import KS
 
 NAME = "ViT-S-32-alt"  # the smallest of open_clip's ViTs for 224 pixels
-SHARDS = 4  # a set, so that its workers have something to do
-RETRIEVAL = ("flickr8k", "mscoco_captions")
-CLASSIFICATION = ("categories", "concepts", "photos")
-CAPTIONS = (
-    "a large drawing of {} in front of an old town",
-    "someone has put a picture of {} over a photograph of a garden",
-    "{}, with flowers and houses behind it that can hardly be seen",
-    "this is what {} looks like on the screen of a telephone",
-    "a sign with {} on it that hides most of what is behind",
-)
 OURS = {
     **{f"text_retrieval_recall@{k}": f"image_to_text_recall@{k}" for k in KS},
     **{f"image_retrieval_recall@{k}": f"text_to_image_recall@{k}" for k in KS},
@@ -72,8 +46,8 @@ class SuiteSize(Config):
     """Prompts of each of these names, the first of ImageNet's."""
     workers: int = 2
     """Loader processes, of both."""
-    turns: int = 3
-    """Of each."""
+    turns: int = Field(2, ge=1)
+    """Of each; one of theirs takes about 4 CPU minutes."""
 
 
 class Apart(NamedTuple):
@@ -110,7 +84,7 @@ def run_suite(size: SuiteSize, folder: Path) -> Found:
     model = make_model(size, folder / "model")
     made = folder / f"sets_{size.photos}_{size.drawings}_{size.classes}_{size.templates}"
     if not (made / "complete").exists():
-        write_sets(size, made)
+        write_sets(made, size.photos, size.drawings, size.classes, size.templates)
         (made / "complete").touch()
     variables = peer.environment("clip_benchmark") | {
         "OMP_NUM_THREADS": "1",
@@ -123,7 +97,7 @@ def run_suite(size: SuiteSize, folder: Path) -> Found:
         for key in itertools.chain(*(sides if turn % 2 == 0 else reversed(sides))):
             seconds[key].append(run(key, made))
             print(f"  {key:7} {seconds[key][-1].wall:.1f} ({seconds[key][-1].cpu:.1f}) s", flush=True)
-    resized = run.apart(made)
+    resized = run.apart()
     fitting = folder / "fitting"
     preprocessing = json.loads((model / "open_clip_config.json").read_text())["preprocess_cfg"]
     fit_sets(
@@ -133,7 +107,7 @@ def run_suite(size: SuiteSize, folder: Path) -> Found:
     )
     run("theirs", fitting)
     run("first", fitting)
-    return Found(**seconds, resized=resized, fitting=run.apart(fitting))
+    return Found(**seconds, resized=resized, fitting=run.apart())
 
 
 class Programs:
@@ -197,8 +171,8 @@ class Programs:
             f"cache={self.folder}/cache",
         ]
 
-    def apart(self, sets: Path) -> list[Apart]:
-        """All figures that the last run of each has found on these sets."""
+    def apart(self) -> list[Apart]:
+        """All figures that the last run of each has found."""
         ours = json.loads((self.folder / "ours" / "suite.json").read_text())["figures"]
         found = []
         for name in CLASSIFICATION + RETRIEVAL:
@@ -235,104 +209,6 @@ def make_model(size: SuiteSize, folder: Path) -> Path:
     described = {"model_cfg": open_clip.get_model_config(NAME), "preprocess_cfg": model.visual.preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(described))
     return folder
-
-
-def write_sets(size: SuiteSize, folder: Path) -> None:
-    """The five sets."""
-    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
-
-    from mm.data import make
-
-    emoji = make.ensure("emoji", peer.ROOT / "build" / "bench" / "emoji")
-    print(f"making sets in {folder}", flush=True)
-    for name, source in (
-        ("categories", "test_categories"),
-        ("concepts", "test_concepts"),
-        ("flickr8k", "test_both"),
-    ):
-        samples = _spread(ShardSet(str(emoji / source / "test")), size.drawings)
-        _write(folder / name, ({**sample.members, "png": _opaque(sample)} for sample in samples))
-        for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
-            shutil.copy(emoji / source / file, folder / name / file)
-    drawn = ShardSet(str(emoji / "test_source" / "test"))
-    names = (emoji / "test_source" / "classnames.txt").read_text().splitlines()[: size.classes]
-    whole, rng = photos.mosaic(), random.Random(0)
-    known = [sample for sample in drawn if int(sample.members["cls"]) < len(names)]
-    for name in ("photos", "mscoco_captions"):
-        _write(
-            folder / name, (_photograph(sample, names, whole, rng) for sample in _spread(known, size.photos))
-        )
-    templates = [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES[: size.templates]]
-    (folder / "photos" / "classnames.txt").write_text("\n".join(names))
-    (folder / "photos" / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
-    for name in RETRIEVAL:
-        (folder / name / "dataset_type.txt").write_text("retrieval")
-
-
-def fit_sets(source: Path, folder: Path, transform: EvalTransform) -> None:
-    """The same sets, their images PNGs of the size that a model reads: neither program resizes them."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("test"))
-    for name in CLASSIFICATION + RETRIEVAL:
-        samples = iter(ShardSet(str(source / name / "test")))
-        _write(
-            folder / name,
-            ({**_without_image(sample), "png": _fitted(sample, transform)} for sample in samples),
-        )
-
-
-def _spread(samples: Any, count: int) -> Iterator[Sample]:
-    count = min(count, len(samples))
-    return (samples[i * len(samples) // count] for i in range(count))
-
-
-def _write(folder: Path, samples: Iterator[dict[str, bytes]]) -> None:
-    """`test/0.tar`, `1.tar`, ..., SHARDS in all."""
-    members = list(samples)
-    test = folder / "test"
-    with ShardWriter(test, max_samples=-(-len(members) // SHARDS)) as writer:
-        for i, one in enumerate(members):
-            writer.add(f"{i:06d}", one)
-    for number, name in enumerate(writer.sizes):
-        (test / name).rename(test / f"{number}.tar")
-        (test / name).with_suffix(".idx").unlink()
-    (test / "sizes.json").unlink()
-    index_shards(str(test))
-    (test / "nshards.txt").write_text(f"{len(writer.sizes)}\n")
-
-
-def _opaque(sample: Sample) -> bytes:
-    """A drawing on white: CLIP_benchmark drops the alpha channel."""
-    drawing = Image.open(io.BytesIO(decode.image_member(sample))).convert("RGBA")
-    return _png(Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB"))
-
-
-def _photograph(sample: Sample, names: list[str], whole: Image.Image, rng: random.Random) -> dict[str, bytes]:
-    """A drawing on a photograph, its class, and captions."""
-    behind = Image.open(io.BytesIO(photos.photograph(whole, rng)))
-    side = min(behind.size) * 9 // 10
-    drawing = Image.open(io.BytesIO(decode.image_member(sample))).convert("RGBA")
-    large = drawing.resize((side, side), Image.Resampling.LANCZOS)
-    behind.paste(large, ((behind.width - side) // 2, (behind.height - side) // 2), large)
-    out = io.BytesIO()
-    behind.save(out, "JPEG", quality=photos.QUALITY)
-    captions = "\n".join(caption.format(names[int(sample.members["cls"])]) for caption in CAPTIONS)
-    return {"jpg": out.getvalue(), "txt": captions.encode(), "cls": sample.members["cls"]}
-
-
-def _without_image(sample: Sample) -> dict[str, bytes]:
-    return {end: data for end, data in sample.members.items() if end not in decode.IMAGE_EXTENSIONS}
-
-
-def _fitted(sample: Sample, transform: EvalTransform) -> bytes:
-    pixels = transform(decode.image(decode.image_member(sample)))
-    return _png(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-
-
-def _png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
 
 
 def _cpu_of_children() -> float:
