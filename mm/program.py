@@ -39,6 +39,7 @@ def status_of(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print(stop.code, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        sys.excepthook = lambda *about: None  # threads that served workers tell how those were interrupted
         if _rank() == "0":
             print("interrupted", file=sys.stderr)
         return 130
