@@ -98,7 +98,8 @@ def main(argv: list[str]) -> None:
         return
     result = summary(config, model_hash, found, failed) | {"seconds": time.perf_counter() - started}
     results.write(path, results.to_json(result))
-    show(result["figures"], intervals=result["intervals"])
+    if found:
+        show(result["figures"], intervals=result["intervals"])
     mean = result["mean_main"]
     quoted = "" if len(found) < 2 or mean is None else f", on average {mean:.4f} by their main figures"
     print(f"{len(found)} sets in {result['seconds']:.1f} s{quoted}; results in {path}")

@@ -117,7 +117,7 @@ def numbered(folder, samples):
 
 
 def own(root):
-    """What own.yaml names, as a user has it."""
+    """Images as a user has them: of classes, and with captions."""
     for i in range(8):
         path = root / "data/own/things" / ("red_apple", "pear")[i % 2] / f"{i}.JPG"
         save(path, i, "JPEG")
@@ -161,6 +161,7 @@ def test_every_set_runs_as_it_is_published(name, model, tmp_path, monkeypatch):
         if name != "own":
             build(key, one)
     small = [f"sets.{key}.{word}" for key in sets for word in ("batch=16", "workers=0")]
+    small += ["sets.own.data=data/own/things"] if name == "own" else []
     suite.main(
         [str(CONFIGS / f"{name}.yaml"), f"model={model}", "out=r.json", "cache=null", "resamples=100", *small]
     )

@@ -45,10 +45,10 @@ def _open(given: str) -> Model:
             raise UserError(f"{given}: of graphs there is onnx:{place} and onnx:{place}@int8")
         return open_onnx(place, int8=bool(kind))
     if not any((place / DESCRIPTION).is_file() for place in (folder / "model", folder)):
-        from mm.encoders.transformers_source import is_dual_encoder
-
         if (folder / "open_clip_config.json").is_file():
             return _open_clip(f"{OPEN_CLIP}{folder}")
+        from mm.encoders.transformers_source import is_dual_encoder  # which takes seconds to import
+
         if is_dual_encoder(folder):
             return _transformers(f"{TRANSFORMERS}{folder}")
     try:
