@@ -5,14 +5,14 @@ metadata (WILDS, FairFace). A `.npy` is read as plain numbers, and nothing is un
 """
 
 import io
-import json
 import math
 import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm.data.decode import LARGEST_TEXT, BadSample
+from mm.data.decode import BadSample
+from mm.data.questions import read_json
 
 if TYPE_CHECKING:
     from mm.data.shards import Sample
@@ -47,17 +47,9 @@ def about(sample: "Sample") -> dict[str, Any] | None:
 
     Raises BadSample where it cannot be read.
     """
-    text = sample.members.get("json")
-    if text is None:
+    if "json" not in sample.members:
         return None
-    if len(text) > LARGEST_TEXT:
-        raise BadSample(f"json of {len(text)} bytes exceeds the limit of {LARGEST_TEXT}")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise BadSample("json cannot be read") from None
-    if not isinstance(value, dict):
-        raise BadSample("json is not an object")
+    value = read_json(sample)
     return {
         key: one
         for key, one in value.items()

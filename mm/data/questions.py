@@ -53,7 +53,7 @@ def question(sample: "Sample") -> Question:
         BadSample: no or unreadable json; a question that is missing, empty, not text or over 1,000 characters;
             answers that are all empty or not a list of text; an id that is neither text nor a whole number.
     """
-    return read_question(_json(sample), sample.key)
+    return read_question(read_json(sample), sample.key)
 
 
 def statement(sample: "Sample") -> Statement:
@@ -63,7 +63,7 @@ def statement(sample: "Sample") -> Statement:
         BadSample: no or unreadable json; a sentence that is missing, empty, not text or over 1,000 characters; a
             label that is neither true nor false; an identifier that is not text.
     """
-    return read_statement(_json(sample), sample.key)
+    return read_statement(read_json(sample), sample.key)
 
 
 def read_question(about: Mapping[str, Any], key: str = "") -> Question:
@@ -137,7 +137,8 @@ def write_answers(folder: Path, answers: Mapping[str, int]) -> None:
     )
 
 
-def _json(sample: "Sample") -> dict[str, Any]:
+def read_json(sample: "Sample") -> dict[str, Any]:
+    """The object that `.json` holds. BadSample where there is none, or it cannot be read."""
     text = sample.members.get("json")
     if text is None:
         raise BadSample(f"no json among its members ({', '.join(sorted(sample.members))})")
