@@ -154,7 +154,6 @@ def suite(config: EvaluationConfig) -> list[Row]:
     faster = _ratios(found.theirs, found.first)
     shares = [_ratios(one, found.first) for one in (found.again, found.known, found.start)]
     again, known, start = map(_percent, shares)
-    beyond = _ratios(_less(found.again, found.start), _less(found.first, found.start))
     model = config.suite.model or "random weights"
     within = {"as they are": found.resized, "of the model's size": found.fitting}
     return [
@@ -170,7 +169,6 @@ def suite(config: EvaluationConfig) -> list[Row]:
             "<= 5%",
             max(shares[0]) <= 0.05,
         ),
-        Row("E3", "the same, both without the start", _percent(beyond), "<= 5%", max(beyond) <= 0.05),
         Row("E3", "with its results, over the first", known, "<= 5%", max(shares[1]) <= 0.05),
     ]
 
@@ -186,14 +184,6 @@ def _apart(both: list[Apart]) -> str:
         samples = f", {round(abs(one.theirs - one.ours) * one.of)} of {one.of} samples" if one.of else ""
         print(f"  {one.set} {one.figure}: {one.theirs:.4f} theirs, {one.ours:.4f} ours{samples}", flush=True)
     return f"{_worst(both):.1e}; {len(differing)} of {len(both)} differ"
-
-
-def _less(turns: list[Seconds], start: list[Seconds]) -> list[Seconds]:
-    """At least nothing."""
-    return [
-        Seconds(*(max(0.0, a - b) for a, b in zip(*pair, strict=True)))
-        for pair in zip(turns, start, strict=True)
-    ]
 
 
 def _percent(shares: tuple[float, float]) -> str:
