@@ -29,7 +29,7 @@ from mm.encoders.open_clip_source import (
     text_tower,
     vision_tower,
 )
-from mm.encoders.text import DROPOUTS, TextConfig, TextEncoder, check_context
+from mm.encoders.text import TextConfig, TextEncoder, check_context
 from mm.encoders.timm_trunk import parameter_groups, pooled_and_tokens
 from mm.encoders.tokenizer import OpenClipTokenizer
 from mm.encoders.tower import layers_around_blocks
@@ -108,10 +108,8 @@ class OpenClipTextEncoder(TextEncoder):
     def __init__(
         self, spec: dict[str, Any], tokenizer: OpenClipTokenizer, trunk: nn.Module | None = None
     ) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec, tokenizer)
         self.trunk = text_tower(spec["model"], spec.get("hf"), spec["name"]) if trunk is None else trunk
-        self.tokenizer = tokenizer
         self.width = spec["model"]["embed_dim"]
         config = spec["model"]["text_cfg"]
         self.positions = self.trunk.context_length  # type: ignore[assignment]
@@ -142,20 +140,6 @@ class OpenClipTextEncoder(TextEncoder):
         first = ("token_embedding.", "positional_embedding", "cls_emb")
         groups = layers_around_blocks(self.trunk, first, ("ln_final.", "text_projection"))
         return [[f"trunk.{name}" for name in group] for group in _projection_apart(groups, "text_projection")]
-
-    def respecified(self, *, dropout: float | None = None, **given: Any) -> dict[str, Any]:
-        spec = super().respecified(**given)
-        if dropout is not None and "hf" not in spec:
-            raise UserError(f"dropout cannot be chosen for {spec['name']}: it has its own JSON config")
-        if dropout is not None:
-            spec["hf"] |= {key: dropout for key in DROPOUTS if key in spec["hf"]}
-        return spec
-
-    def with_spec(self, spec: dict[str, Any]) -> "OpenClipTextEncoder":
-        length, words = spec["context_length"], self.tokenizer
-        if length != words.context_length:
-            words = OpenClipTokenizer(words.backend, length)
-        return OpenClipTextEncoder(spec, words)
 
 
 def build_open_clip_image(config: ImageConfig) -> OpenClipImageEncoder:

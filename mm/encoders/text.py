@@ -1,10 +1,9 @@
 """Text encoders: any BERT-family transformers encoder; `open_clip:` and `transformers:` lead to their own modules."""
 
-import copy
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -90,34 +89,41 @@ class TextEncoder(Tower):
     """Base of the text encoders."""
 
     width: int
-    tokenizer: Any
-    spec: dict[str, Any]
     positions: int
     """The most tokens that the network can read."""
+
+    def __init__(self, spec: dict[str, Any], tokenizer: Any) -> None:
+        super().__init__()
+        self.spec = spec
+        """everything that `text_encoder` needs beside the tokenizer to build this encoder again, as JSON values"""
+        self.tokenizer = tokenizer
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Features:
         """input_ids (B, L) int64, mask (B, L) bool."""
         raise NotImplementedError
 
-    def respecified(self, **given: Any) -> dict[str, Any]:
+    def respecified(self, *, dropout: float | None = None, **given: Any) -> dict[str, Any]:
         """The spec of the same network with some of checkpointing, dropout and context_length changed; None
         leaves one as it is. Raises UserError for what this network does not have."""
         check_context(given.get("context_length"), self.positions, self.spec["name"])
-        return changed(self.spec, **given)
+        spec = changed(self.spec, **given)
+        if dropout is not None:
+            if "hf" not in spec:  # no network of transformers
+                raise UserError(f"dropout cannot be chosen for {spec['name']}: it has its own JSON config")
+            spec["hf"] |= {key: dropout for key in DROPOUTS if key in spec["hf"]}
+        return spec
 
-    def with_spec(self, spec: dict[str, Any]) -> "TextEncoder":
+    def with_spec(self, spec: dict[str, Any]) -> Self:
         """The encoder of a `spec` of this network, with random weights and this one's tokenizer."""
-        raise NotImplementedError
+        return type(self)(spec, self.tokenizer.of_length(spec["context_length"]))
 
 
 class BertEncoder(TextEncoder):
     """A transformers encoder (BERT, Devlin et al. 2019, arXiv:1810.04805, and its family)."""
 
     def __init__(self, spec: dict[str, Any], tokenizer: Tokenizer, trunk: nn.Module | None = None) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec, tokenizer)
         self.trunk = _random(spec) if trunk is None else trunk
-        self.tokenizer = tokenizer
         self.positions = positions_of(self.trunk)
         self.width = self.trunk.config.hidden_size  # type: ignore[union-attr,assignment]
         self.pooling: str = spec["pooling"]
@@ -145,19 +151,6 @@ class BertEncoder(TextEncoder):
     def layers(self) -> list[list[str]]:
         groups = layers_around_blocks(self.trunk, first=("embeddings",), last=("pooler",))
         return [[f"trunk.{name}" for name in group] for group in groups]
-
-    def respecified(self, *, dropout: float | None = None, **given: Any) -> dict[str, Any]:
-        spec = super().respecified(**given)
-        if dropout is not None:
-            spec["hf"] |= {key: dropout for key in DROPOUTS if key in spec["hf"]}
-        return spec
-
-    def with_spec(self, spec: dict[str, Any]) -> "BertEncoder":
-        length, words = spec["context_length"], self.tokenizer
-        if length != words.context_length:
-            # a copy, because the length is set in the Rust part, which both would share
-            words = Tokenizer(copy.deepcopy(words.hf), length)
-        return BertEncoder(spec, words)
 
 
 def build_text_encoder(config: TextConfig) -> TextEncoder:

@@ -1,5 +1,6 @@
 """Tokenizers: that of a transformers checkpoint, and open_clip's. They pickle to workers."""
 
+import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,13 @@ class Tokenizer(TextEnds):
             mask[row, place] = True
         return padded, mask
 
+    def of_length(self, length: int) -> "Tokenizer":
+        """The same tokenizer for texts of `length` tokens."""
+        if length == self.context_length:
+            return self
+        # a copy, because the length is set in the Rust part, which both would share
+        return Tokenizer(copy.deepcopy(self.hf), length)
+
     def save(self, folder: Path) -> None:
         """Write the files that `transformers` opens."""
         self.hf.save_pretrained(folder)
@@ -120,6 +128,10 @@ class OpenClipTokenizer(TextEnds):
             [torch.ones(len(one), dtype=torch.bool) for one in rows], batch_first=True
         )
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id), mask
+
+    def of_length(self, length: int) -> "OpenClipTokenizer":
+        """The same tokenizer for texts of `length` tokens."""
+        return self if length == self.context_length else OpenClipTokenizer(self.backend, length)
 
     def save(self, folder: Path) -> None:
         """Write what is not part of the open_clip package: nothing for CLIP's own vocabulary."""

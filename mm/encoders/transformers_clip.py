@@ -4,7 +4,6 @@ A tower gives transformers' own output (its projection included) under transform
 `projection: none` are the model that transformers opens (Wolf et al. 2020, arXiv:1910.03771).
 """
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
@@ -135,11 +134,9 @@ class TransformersTextEncoder(TextEncoder):
     trunk: TextTrunk
 
     def __init__(self, spec: dict[str, Any], tokenizer: Tokenizer, trunk: TextTrunk | None = None) -> None:
-        super().__init__()
+        super().__init__(spec, tokenizer)
         family = FAMILIES[spec["family"]]
-        self.spec = spec
         self.trunk = _random_text(spec) if trunk is None else trunk
-        self.tokenizer = tokenizer
         self.reads = family.text_reads
         if self.reads == "before":  # places count from the first token on
             tokenizer.left = False
@@ -166,19 +163,6 @@ class TransformersTextEncoder(TextEncoder):
         last = [name for name in groups[-1] if name.startswith("trunk.text_model.head.")]
         return [*groups[:-1], [name for name in groups[-1] if name not in last], last]
 
-    def respecified(self, *, dropout: float | None = None, **given: Any) -> dict[str, Any]:
-        spec = super().respecified(**given)
-        if dropout is not None:
-            spec["hf"] |= {key: dropout for key in DROPOUTS if key in spec["hf"]}
-        return spec
-
-    def with_spec(self, spec: dict[str, Any]) -> "TransformersTextEncoder":
-        length, words = spec["context_length"], self.tokenizer
-        if length != words.context_length:
-            # a copy, because the length is set in the Rust part, which both would share
-            words = Tokenizer(copy.deepcopy(words.hf), length)
-        return TransformersTextEncoder(spec, words)
-
 
 def build_transformers_image(config: ImageConfig) -> TransformersImageEncoder:
     """The image tower that `config` names, with its weights."""
@@ -186,9 +170,7 @@ def build_transformers_image(config: ImageConfig) -> TransformersImageEncoder:
         raise UserError(f"pooling and kwargs belong to timm models; {config.name} has its own config.json")
     source = _source(config)
     encoder = _image(config, source, source.whole() if config.pretrained else None)
-    if config.weights:
-        path = weights_file(config.weights)
-        _load(encoder, tower_of_model(read_weights(path), "image.trunk."), str(path))
+    _load_file(encoder, config.weights, "image.trunk.")
     return encoder
 
 
@@ -201,9 +183,7 @@ def build_transformers_text(config: TextConfig) -> TransformersTextEncoder:
         )
     source = _source(config)
     encoder = _text(config, source, source.whole() if config.pretrained else None)
-    if config.weights:
-        path = weights_file(config.weights)
-        _load(encoder, tower_of_model(read_weights(path), "text.trunk."), str(path))
+    _load_file(encoder, config.weights, "text.trunk.")
     return encoder
 
 
@@ -353,6 +333,15 @@ def _fixed(architecture: str) -> bool:
     import timm
 
     return bool(timm.get_pretrained_cfg(architecture).fixed_input_size)
+
+
+def _load_file(
+    encoder: TransformersImageEncoder | TransformersTextEncoder, weights: str | None, prefix: str
+) -> None:
+    """Load a tower from a file of weights, if one is given; `prefix`: of its tensors in a whole model of mm."""
+    if weights:
+        path = weights_file(weights)
+        _load(encoder, tower_of_model(read_weights(path), prefix), str(path))
 
 
 def _load(
