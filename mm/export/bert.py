@@ -11,6 +11,7 @@ from torch import Tensor
 from mm.encoders.text import PRESETS, BertEncoder
 from mm.encoders.weights import PACKAGE
 from mm.errors import UserError
+from mm.export.folder import weights_of
 
 # equal networks under other names
 FAMILIES = {"camembert": "roberta", "distilbert": "bert"}
@@ -50,7 +51,7 @@ def known(encoder: BertEncoder) -> Bert:
     config = {**trunk.config.to_dict(), "dtype": "float32"}
     for key in ("_name_or_path", "architectures", "transformers_version"):
         config.pop(key, None)
-    state = {name: value.detach().cpu() for name, value in trunk.state_dict().items()}
+    state = weights_of(trunk)
     family = config["model_type"]
     if family == "distilbert":
         return _from_distilbert(config, state)

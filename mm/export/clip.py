@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mm.encoders.open_clip import OpenClipImageEncoder, OpenClipTextEncoder
 from mm.encoders.tower import Tower
+from mm.export.folder import weights_of
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 IMAGE = {
@@ -113,7 +114,7 @@ def _shared(model: dict[str, Any], config: Any) -> dict[str, Any]:
 def renamed(tower: Tower) -> tuple[dict[str, Tensor], Tensor]:
     """The weights of the network, and those (D, W) of the projection at its end."""
     image = isinstance(tower, OpenClipImageEncoder)
-    state = {name: value.detach().cpu() for name, value in tower.trunk.state_dict().items()}
+    state = weights_of(tower.trunk)
     projection = state.pop("proj" if image else "text_projection").T
     names = {**(IMAGE if image else TEXT), **BLOCK}
     found: dict[str, Tensor] = {}

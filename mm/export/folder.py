@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.errors import UserError
 from mm.files import sync
@@ -38,6 +38,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a network by name, on the CPU."""
+    return {name: value.detach().cpu() for name, value in network.state_dict().items()}
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:

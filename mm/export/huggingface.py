@@ -26,7 +26,7 @@ from mm.export import ExportConfig, clip, timm
 from mm.export.bert import POOLERS, Bert, known, through_pooler
 from mm.export.card import left_out, write_card
 from mm.export.compare import Opened, compare, readable
-from mm.export.folder import new_folder
+from mm.export.folder import new_folder, weights_of
 from mm.export.projection import after, matrix
 from mm.log import message
 from mm.models.folder import Model
@@ -89,7 +89,7 @@ def image_part(towers: TwoTower) -> Part:
     if isinstance(encoder, TransformersImageEncoder):
         return _same(encoder, projection, "vision_model.", "visual_projection.weight")
     if isinstance(encoder, TimmEncoder):
-        weights = {name: value.detach().cpu() for name, value in encoder.trunk.state_dict().items()}
+        weights = weights_of(encoder.trunk)
         given, last = timm.arguments(encoder), matrix(projection, encoder.width, "transformers")
         return _timm(encoder.spec["name"], given, weights, last)
     if isinstance(encoder, OpenClipImageEncoder) and clip.is_plain(encoder):
@@ -125,7 +125,7 @@ def text_part(towers: TwoTower) -> Part:
 def _same(encoder: Tower, projection: nn.Module, prefix: str, last: str) -> Part:
     """A tower that came from transformers."""
     spec: Any = encoder.spec
-    state = {name: value.detach().cpu() for name, value in encoder.trunk.state_dict().items()}
+    state = weights_of(encoder.trunk)
     own = state.pop(last, None)
     inner = {name.removeprefix(prefix): value for name, value in state.items()}
     if own is not None:
@@ -141,7 +141,7 @@ def _same(encoder: Tower, projection: nn.Module, prefix: str, last: str) -> Part
 def _hf_text(encoder: OpenClipTextEncoder, projection: nn.Module) -> Part:
     """A text tower that open_clip had from transformers, with a linear projection or none."""
     pooler = encoder.spec["model"]["text_cfg"].get("hf_pooler_type")
-    weights = {name: value.detach().cpu() for name, value in encoder.trunk.state_dict().items()}
+    weights = weights_of(encoder.trunk)
     own = weights.pop("proj.weight", torch.eye(encoder.width))
     pooling = {theirs: ours for ours, theirs in POOLERS.items()}.get(pooler)
     if pooling is None or any(not name.startswith("transformer.") for name in weights):
@@ -167,7 +167,7 @@ def _timm(name: str, given: dict[str, Any], weights: dict[str, Tensor], projecti
 def _timm_model(encoder: OpenClipImageEncoder, projection: nn.Module) -> Part:
     """open_clip's timm network with its own linear projection, or none."""
     vision = encoder.spec["model"]["vision_cfg"]
-    weights = {name: value.detach().cpu() for name, value in encoder.trunk.state_dict().items()}
+    weights = weights_of(encoder.trunk)
     own = weights.pop("head.proj.weight", torch.eye(encoder.width))
     if any(not name.startswith("trunk.") for name in weights) or vision.get("timm_proj", "linear") == "":
         raise UserError(

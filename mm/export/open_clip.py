@@ -27,7 +27,7 @@ from mm.export import ExportConfig, timm
 from mm.export.bert import POOLERS, known, on_hub
 from mm.export.card import left_out, write_card
 from mm.export.compare import Opened, compare, readable
-from mm.export.folder import new_folder, save_weights
+from mm.export.folder import new_folder, save_weights, weights_of
 from mm.export.projection import after, matrix
 from mm.log import message
 from mm.models.folder import Model
@@ -116,7 +116,7 @@ def export_open_clip(model: Model, config: ExportConfig) -> None:
 def image_part(towers: TwoTower) -> Part:
     """The image tower with its projection."""
     encoder, projection = towers.image, towers.image_projection
-    state = {name: value.detach().cpu() for name, value in encoder.trunk.state_dict().items()}
+    state = weights_of(encoder.trunk)
     if isinstance(encoder, TimmEncoder):
         return _timm(encoder, projection, state)
     if not isinstance(encoder, OpenClipImageEncoder):
@@ -144,7 +144,7 @@ def text_part(towers: TwoTower) -> Part:
             f"open_clip has no form of the text tower {encoder.spec['name']}; use format=transformers"
         )
     config = copy.deepcopy(encoder.spec["model"]["text_cfg"])
-    state = {name: value.detach().cpu() for name, value in encoder.trunk.state_dict().items()}
+    state = weights_of(encoder.trunk)
     if isinstance(encoder.trunk, HfText):
         return _hf_text(encoder, projection, config, state)
     if encoder.trimmable and not config.get("hf_tokenizer_name"):
