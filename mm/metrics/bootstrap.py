@@ -161,13 +161,17 @@ def _mean_average_precision(values: Floats, weights: Floats) -> Floats:
 
 
 def _average_precision(values: Floats, weights: Floats) -> Floats:
-    """As scikit-learn's: rows of equal score are taken together; 0 without positives."""
-    order = np.argsort(-values[:, 0], kind="stable")
-    scores, drawn = values[order, 0], weights[:, order]
-    last = np.append(scores[1:] != scores[:-1], True)
-    hits, seen = (drawn * values[order, 1]).cumsum(1)[:, last], drawn.cumsum(1)[:, last]
+    """As scikit-learn's: rows of equal score are taken together; 0 without positives. NaN ranks first and is no hit."""
+    broken = np.isnan(values[:, 0])
+    scores, true = np.where(broken, np.inf, values[:, 0]), np.where(broken, 0.0, values[:, 1])
+    order = np.lexsort((-scores, ~broken))
+    drawn = np.take(weights, order, axis=1)
+    last = np.append(
+        (scores[order][1:] != scores[order][:-1]) | (broken[order][1:] != broken[order][:-1]), True
+    )
+    hits, seen = (drawn * true[order]).cumsum(1)[:, last], drawn.cumsum(1)[:, last]
     gained = np.diff(hits, axis=1, prepend=0.0)
-    return (gained * hits / np.maximum(seen, 1e-300)).sum(1) / np.maximum(hits[:, -1], 1e-300)
+    return (gained * hits / np.maximum(seen, 1e-300)).sum(1) / np.maximum(_sum(weights, values[:, 1]), 1e-300)
 
 
 def average_precisions(values: Floats, weights: Floats) -> Iterator[Floats]:

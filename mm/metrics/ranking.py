@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mm import distributed
+from mm.metrics.bootstrap import sampled
 
 CHUNK = 2**22  # scores held at once by the functions that never build the whole matrix
 TILE = 2**19  # scores of a tile of `retrieval`: it and what is made of it stay in the cache
@@ -55,19 +56,6 @@ def scores_of(
         return torch.mm(rows, columns.T, out=out)
 
 
-def classification_hits(
-    image: Float[Tensor, "N D"],
-    weights: Float[Tensor, "C D"],
-    labels: Int[Tensor, " N"],
-    k: int,
-    chunk: int = CHUNK,
-) -> Bool[Tensor, " N"]:
-    """`topk_hits` of `scores_of` images and weights, at most `chunk` of them at a time."""
-    rows = max(1, chunk // len(weights))
-    pairs = zip(image.split(rows), labels.split(rows), strict=True)
-    return torch.cat([topk_hits(scores_of(some, weights), true, k) for some, true in pairs])
-
-
 def topk_accuracy(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"], k: int = 1) -> float:
     """Share of rows whose label is among the k highest scores."""
     return share(topk_hits(scores, labels, k))
@@ -77,10 +65,7 @@ def mean_per_class(hits: Bool[Tensor, " N"], labels: Int[Tensor, " N"]) -> float
     """Mean over the classes that occur of the share of hits in each: balanced accuracy, where hits are
     top-1.
     """
-    labels = labels.cpu()
-    samples = labels.bincount()
-    right = labels[hits.cpu()].bincount(minlength=len(samples))
-    return (right[samples > 0].double() / samples[samples > 0]).mean().item()
+    return sampled("mean_per_class", hits.cpu().numpy(), labels.cpu().numpy()).value
 
 
 def mean_per_class_recall(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:

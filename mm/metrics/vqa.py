@@ -9,11 +9,11 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mm.errors import UserError
+from mm.metrics.bootstrap import sampled
 
 # Written without their apostrophe ("dont"), and below without either of the two ("couldnt've", "couldn'tve").
 _ONE_APOSTROPHE = """
@@ -126,14 +126,7 @@ def average_precision(scores: Float[Tensor, " N"], labels: Bool[Tensor, " N"]) -
     scikit-learn's `average_precision_score`. For answerability VizWiz (Gurari et al. 2018, arXiv:1802.08218)
     takes the unanswerable questions as positives: `scores` is 1 - P(answerable). NaN ranks first and is no hit.
     """
-    scores, order = scores.cpu().double().sort(descending=True, stable=True)  # NaN first
-    labels = labels.cpu()
-    hits = (labels[order] & ~scores.isnan()).cumsum(0).double()
-    last = torch.ones_like(order, dtype=torch.bool)
-    last[:-1] = scores[1:] != scores[:-1]
-    hits, seen = hits[last], torch.arange(1, len(order) + 1)[last]
-    gained = hits.diff(prepend=hits.new_zeros(1))
-    return float((gained * hits / seen).sum()) / max(1, int(labels.sum()))
+    return sampled("average_precision", scores.cpu().double().numpy(), labels.cpu().numpy()).value
 
 
 def f1(predictions: Bool[Tensor, " N"], labels: Bool[Tensor, " N"]) -> float:
@@ -141,7 +134,7 @@ def f1(predictions: Bool[Tensor, " N"], labels: Bool[Tensor, " N"]) -> float:
 
     VizWiz's answerability: predictions are 1 - P(answerable) > 0.5, the unanswerable are the positives.
     """
-    return 2 * int((predictions & labels).sum()) / max(1, int(predictions.sum()) + int(labels.sum()))
+    return sampled("f1", predictions.cpu().numpy(), labels.cpu().numpy()).value
 
 
 def _strip(text: str) -> str:
