@@ -40,7 +40,7 @@ from mm.encoders.lora import merge_lora
 from mm.errors import Failure, UserError
 from mm.evaluators import FIGURES, EvaluatorConfig, outcome
 from mm.evaluators.embedding import Embedder, embedding
-from mm.evaluators.sets import beside, open_set
+from mm.evaluators.sets import beside
 from mm.evaluators.store import default_store, digest, make_store
 from mm.models.folder import Model, find_model, load_model, read_description
 from mm.models.opening import open_model
@@ -74,6 +74,15 @@ class SuiteConfig(Config):
     """Of the bootstrap."""
     seed: int = 0
     """Of the bootstrap: the same seed draws the same samples for every model."""
+
+    @field_validator("out")
+    @classmethod
+    def _is_json(cls, out: Path | None) -> Path | None:
+        if out is not None and out.suffix != ".json":
+            raise ValueError(
+                "must end in .json: the results of each set go into the folder of that name without it"
+            )
+        return out
 
     @field_validator("sets")
     @classmethod
@@ -170,7 +179,7 @@ def signature(one: EvaluatorConfig, about: list[str], config: SuiteConfig) -> st
         texts = [
             str(file and file.expanduser().is_file() and file.expanduser().read_bytes()) for file in files
         ]
-        data = digest(open_set(one), config.cache)
+        data = digest(one, config.cache)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     versions = [importlib.metadata.version(name) for name in ("mm", "torch")]

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm.data.shards import ShardSet
 from mm.errors import UserError
 from mm.evaluators import ClassificationConfig, RetrievalConfig, outcome
 from mm.evaluators.embedding import embedding
@@ -50,15 +49,14 @@ def test_a_changed_shard_is_read_again(folder, tmp_path):
             target = copy / path.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(path.read_bytes())
-    before = digest(ShardSet(f"{copy}/test"), tmp_path / "memory")
-    assert (
-        before == digest(ShardSet(f"{folder}/test")) == digest(ShardSet(f"{copy}/test"), tmp_path / "memory")
-    )
+    original, other = (RetrievalConfig(data=str(place)) for place in (folder, copy))
+    before = digest(other, tmp_path / "memory")
+    assert before == digest(original) == digest(other, tmp_path / "memory")
     shard = sorted(copy.rglob("*.tar"))[0]
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
     shard.write_bytes(data)
-    assert digest(ShardSet(f"{copy}/test"), tmp_path / "memory") != before
+    assert digest(other, tmp_path / "memory") != before
 
 
 def test_a_damaged_entry_is_made_anew(folder, tmp_path):

@@ -231,6 +231,7 @@ def test_two_models_are_compared(place, capsys):
     (["model={run}", "sets.names.data=nowhere"], "nowhere"),
     (["model={run}", "name=../escape"], "escape"),
     (["model={run}", "sets.names.main=beauty"], "main=beauty: .* has no such figure; it has accuracy"),
+    (["model={run}", "out={run}/results"], "must end in .json"),
     (["model={run}", "cache={run}/config.txt"], "cache=.*is not a folder"),
     (["model={run}", "out={run}/model/model.json/x.json"], "cannot be written"),
 ])  # fmt: skip

@@ -7,6 +7,7 @@ metadata (WILDS, FairFace). A `.npy` is read as plain numbers, and nothing is un
 import io
 import math
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,12 +48,14 @@ def about(sample: "Sample") -> dict[str, Any] | None:
 
     Raises BadSample where it cannot be read.
     """
-    if "json" not in sample.members:
-        return None
-    value = read_json(sample)
+    return short(read_json(sample)) if "json" in sample.members else None
+
+
+def short(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a `.json` that may name a group: short text, numbers, true and false."""
     return {
         key: one
-        for key, one in value.items()
+        for key, one in given.items()
         if isinstance(one, bool | int) or (isinstance(one, float) and math.isfinite(one))
         or (isinstance(one, str) and len(one) <= LONGEST_NAME)
     }  # fmt: skip

@@ -64,7 +64,7 @@ class AskedReading(FactReading):
 def _asked(sample: Sample, facts: Facts) -> str:
     """The question; as facts its id, text, annotated answers and type, answerable, image_id, choices and json."""
     try:
-        asked, about = question(sample), fields.about(sample)
+        asked = question(sample)
         choices = asked.about.get("choices")
         if choices is not None and not _are_texts(choices):
             raise BadSample(f"choices are not a list of text: {str(choices)[:40]!r}")
@@ -77,7 +77,7 @@ def _asked(sample: Sample, facts: Facts) -> str:
         "answers": asked.answers,
         "type": asked.answer_type,
         "choices": choices,
-        "json": about,
+        "json": fields.short(asked.about),
     }
     facts |= {key: asked.about.get(key) for key in ("answerable", "image_id")}
     return asked.text

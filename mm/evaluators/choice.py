@@ -13,9 +13,7 @@ as of any captions; a cue is in `json`: `{"cue": text, "associations": [0, 3]}`,
 0.
 """
 
-import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -28,11 +26,12 @@ from torch import Tensor
 from mm import metrics
 from mm.data import decode, fields
 from mm.data.decode import BadSample
+from mm.data.questions import read_json
 from mm.data.shards import Sample
 from mm.evaluators.distinct import FactReading, distinct_images, read_facts
 from mm.evaluators.embedding import Embedder
 from mm.evaluators.labels import group_names
-from mm.evaluators.outcome import MANY, Outcome, content_hash, together, totals
+from mm.evaluators.outcome import MANY, Outcome, content_hash, slice_name, together, totals
 from mm.evaluators.passes import Facts, usable
 from mm.evaluators.sets import SetConfig
 from mm.metrics.bootstrap import Floats, Sampled, sampled
@@ -59,8 +58,8 @@ class ChoiceReading(FactReading):
         if not images:
             return
         try:
-            facts["json"] = fields.about(sample)
-            given = {} if facts["json"] is None else json.loads(sample.members["json"])
+            given = read_json(sample) if "json" in sample.members else {}
+            facts["json"] = fields.short(given)
             if "cue" in given:
                 facts["texts"], facts["right"] = _association(given, images)
             else:
@@ -217,11 +216,6 @@ def _slices(scores: dict[str, Floats], groups: Sequence[str], unit: np.ndarray) 
             if not np.isnan(own).all():
                 found[f"{name}_{slice_name(group)}"] = _figure(own, unit)
     return found
-
-
-def slice_name(value: str) -> str:
-    """A value of a field as it ends the name of a figure."""
-    return re.sub(r"\W+", "_", value).strip("_")
 
 
 def _table(scores: dict[str, Floats], groups: Sequence[str], header: str) -> list[dict[str, Any]]:

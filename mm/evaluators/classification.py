@@ -1,7 +1,7 @@
 """Classification of images and videos: the class whose prompts are nearest (zero-shot; CLIP, Radford et al. 2021), or
 the one that a head names."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,8 +23,6 @@ from mm.evaluators.tables import answers, multi_label, single_label
 from mm.models.fused import CLIPS
 from mm.models.heads import ClassHead
 
-MULTILABEL = "multilabel"  # as CLIP_benchmark writes it into dataset_type.txt
-
 
 class NamesConfig(SetConfig):
     """Classes that are named by words."""
@@ -43,13 +41,18 @@ class NamesConfig(SetConfig):
     """Of lines such as `race:White`, those of this kind alone are the class names and the templates (FairFace)."""
 
 
-class ClassificationConfig(NamesConfig):
+class JudgedConfig(NamesConfig):
+    """What is told apart by words, or by a head."""
+
+    head: str | None = None
+    """A classification head of the model; null: zero-shot, by the class names."""
+
+
+class ClassificationConfig(JudgedConfig):
     """Images or videos with a class number in `.cls`, named by words."""
 
     kind: Literal["classification"] = "classification"
     """Zero-shot classification, or by a head."""
-    head: str | None = None
-    """A classification head of the model; null: zero-shot, by the class names."""
     video: ViewsConfig | None = None
     """The samples are videos, looked at like this ({}: once); null: images."""
     labels: Literal["auto", "single", "multi"] = "auto"
@@ -82,8 +85,8 @@ def classification(embed: Embedder, config: ClassificationConfig) -> Outcome:
 
     Details: per_class, confusions, calibration, groups, mistakes.
     """
-    multi = config.labels == "multi" or (config.labels == "auto" and dataset_type(config) == MULTILABEL)
-    judged = judge(embed, config, multi)
+    multi = config.labels == "multi" or (config.labels == "auto" and is_multilabel(config))
+    judged = judge(embed, config, needed_fields(config, multi), video=config.video)
     data = content_hash(judged.facts, "label", "npy" if multi or ":" in config.label else "label")
     if multi:
         truth = targets(judged.facts, len(judged.names))
@@ -99,12 +102,15 @@ def classification(embed: Embedder, config: ClassificationConfig) -> Outcome:
 
 
 def judge(
-    embed: Embedder, config: ClassificationConfig, multi: bool = False, corruption: Corruption | None = None
+    embed: Embedder,
+    config: JudgedConfig,
+    needed: Sequence[str],
+    video: ViewsConfig | None = None,
+    corruption: Corruption | None = None,
 ) -> Judged:
-    """What the model says of the samples of a set whose image and label can be used. Collective."""
-    if config.head is None:
-        return _by_words(embed, config, multi, corruption)
-    return _by_head(embed, config, corruption)
+    """What the model says of the samples of a set whose image and `needed` facts can be used. Collective."""
+    by = _by_words if config.head is None else _by_head
+    return by(embed, config, needed, video, corruption)
 
 
 def class_names(config: NamesConfig) -> list[str]:
@@ -128,29 +134,40 @@ def classifier(embed: Embedder, config: NamesConfig, names: list[str]) -> Tensor
 
 def needed_fields(config: NamesConfig, multi: bool = False) -> list[str]:
     """Facts that a sample must have for its label to be known."""
-    return ["npy" if multi else {"cls": "label"}.get(config.label.split(":")[0], config.label.split(":")[0])]
+    kind = "npy" if multi else config.label.partition(":")[0]
+    return ["label" if kind == "cls" else kind]
 
 
-def dataset_type(config: SetConfig) -> str:
-    """What CLIP_benchmark's dataset_type.txt says of a set; empty where there is none."""
+def is_multilabel(config: SetConfig) -> bool:
+    """Whether CLIP_benchmark's dataset_type.txt says that an image of a set has several labels."""
     path = beside(config, "dataset_type.txt")
-    return "" if path is None else " ".join(read_lines(path))
+    return path is not None and read_lines(path) == ["multilabel"]
 
 
 def _by_words(
-    embed: Embedder, config: ClassificationConfig, multi: bool, corruption: Corruption | None
+    embed: Embedder,
+    config: JudgedConfig,
+    needed: Sequence[str],
+    video: ViewsConfig | None,
+    corruption: Corruption | None,
 ) -> Judged:
     names = class_names(config)
     if not names:
         raise UserError(f"no class names: give `classnames`, or put a classnames.txt into {config.data}")
-    image, facts, bad = embed.images(config, config.video, corruption).usable(*needed_fields(config, multi))
+    image, facts, bad = embed.images(config, video, corruption).usable(*needed)
     weights = classifier(embed, config, names)
     factor, _ = embed.scale()
     pieces = image.split(max(1, metrics.CHUNK // len(weights)))
     return Judged(lambda: (metrics.scores_of(some, weights) * factor for some in pieces), facts, bad, names)
 
 
-def _by_head(embed: Embedder, config: ClassificationConfig, corruption: Corruption | None) -> Judged:
+def _by_head(
+    embed: Embedder,
+    config: JudgedConfig,
+    needed: Sequence[str],
+    video: ViewsConfig | None,
+    corruption: Corruption | None,
+) -> Judged:
     """The head's logits, of videos the logarithm of the mean over views of the probabilities (TSN, Wang et al. 2016)."""
     head = embed.head(ClassHead, config.head)
     names = class_names(config)
@@ -159,12 +176,12 @@ def _by_head(embed: Embedder, config: ClassificationConfig, corruption: Corrupti
             f"the classes of {config.data} ({len(names)}: {', '.join(names[:3])}, ...) are not those that head "
             f"{config.head} was trained on ({len(head.classes)}: {', '.join(head.classes[:3])}, ...)"
         )
-    views = embed.views(config.video)
-    video = bool(CLIPS.keys() & set(head.modalities))
-    if video != (views is not None):
+    views = embed.views(video)
+    reads_video = bool(CLIPS.keys() & set(head.modalities))
+    if reads_video != (views is not None):
         raise UserError(
             f"head {config.head} reads {head.modalities[0]}: "
-            + ("give the set `video: {}`" if video else "leave `video` of the set out")
+            + ("give the set `video: {}`" if reads_video else "leave `video` of the set out")
         )
 
     def compute(batch: dict[str, Tensor], facts: list[Facts]) -> Tensor:
@@ -173,5 +190,5 @@ def _by_head(embed: Embedder, config: ClassificationConfig, corruption: Corrupti
 
     reading = EverythingReading(embed.transform(), views, corruption)
     rows, facts = pass_over(config, open_set(config), reading, compute)
-    good = usable(facts, *needed_fields(config))
+    good = usable(facts, *needed)
     return Judged(lambda: iter([rows[good]]), [facts[i] for i in good], len(facts) - len(good), head.classes)

@@ -1,6 +1,5 @@
 """Samples of several images: their facts without a look at pixels, and each distinct image embedded once."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from mm.data.decode import IMAGE_EXTENSIONS, BadSample
 from mm.data.shards import Sample
 from mm.data.transforms import EvalTransform
 from mm.evaluators.embedding import Embedder
-from mm.evaluators.passes import Facts, Reading
+from mm.evaluators.passes import Facts, Reading, content_id
 from mm.evaluators.sets import SetConfig
 
 NUMBERED = re.compile(rf"(?:image_?)?(\d+)\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
@@ -28,8 +27,8 @@ class FactReading(Reading):
         if sample is None:
             return
         try:
-            facts["images"] = [_digest(data) for data in image_members(sample)]
-            facts["image_id"] = _digest("".join(facts["images"]).encode())
+            facts["images"] = [content_id(data) for data in image_members(sample)]
+            facts["image_id"] = content_id("".join(facts["images"]).encode())
         except BadSample as error:
             facts["problems"]["image"] = error.reason
         self.read(sample, facts)
@@ -106,7 +105,3 @@ class _OneImageReading(Reading):
     def __call__(self, sample: Sample | None, facts: Facts) -> Tensor:
         data = None if sample is None else image_members(sample)[self.numbers[facts["place"]]]
         return self.image(sample, facts, data)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,6 +1,5 @@
 """Embeddings of an evaluation set, the same on every rank and whatever the number of ranks."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -18,7 +17,16 @@ from mm.data.shards import Sample
 from mm.data.transforms import EvalTransform
 from mm.data.video import video_content
 from mm.encoders import Features
-from mm.evaluators.passes import Facts, Reading, batch_sizes, in_order, own_batches, pass_over, usable
+from mm.evaluators.passes import (
+    Facts,
+    Reading,
+    batch_sizes,
+    content_id,
+    in_order,
+    own_batches,
+    pass_over,
+    usable,
+)
 from mm.evaluators.sets import SetConfig, ViewsConfig, open_set
 from mm.evaluators.store import Store
 from mm.models.fused import find_head, read_features
@@ -122,15 +130,14 @@ class Embedder:
 
         depends: what the rows depend on beside the model, the shards, and how an image is prepared: the indices too.
         """
-        samples = open_set(config)
         if self.store is None:
-            return pass_over(config, samples, reading, compute, indices)
+            return pass_over(config, open_set(config), reading, compute, indices)
         transform = reading.transform
         prepared = (transform.size, transform.resize_mode, transform.interpolation, type(reading).__name__)
-        key = self.store.key(samples, *prepared, *depends)
+        key = self.store.key(config, *prepared, *depends)
         found = self.store.images(key)
         if found is None:
-            found = pass_over(config, samples, reading, compute, indices)
+            found = pass_over(config, open_set(config), reading, compute, indices)
             self.store.keep_images(key, *found)
         return found
 
@@ -186,7 +193,7 @@ class EverythingReading(Reading):
             image = corrupt(image, name, severity, seed * 2**32 + facts["index"])
         if "image" not in facts["problems"]:
             data = decode.image_member(sample) if self.views is None else video_content(sample.members)
-            facts["image_id"] = hashlib.blake2b(data, digest_size=16).hexdigest()
+            facts["image_id"] = content_id(data)
         for field, read in _FIELDS.items():
             try:
                 facts[field] = read(sample)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,6 @@ from mm.evaluators.passes import Facts
 from mm.metrics.bootstrap import Sampled, interval, resampled
 
 MANY = 50  # lines of a table that is kept
-LARGEST_SAMPLED = 2**24  # numbers that are kept of a figure
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ def together(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Units of rows that share a name: the distinct names, and the unit of each row."""
     place = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return list(place), np.array([place[name] for name in names], dtype=np.int64)
+
+
+def slice_name(value: str) -> str:
+    """A value of a field as it ends the name of a figure."""
+    return re.sub(r"\W+", "_", value).strip("_")
 
 
 def totals(facts: Sequence[Facts], good: Sequence[Any] | Tensor) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Linear probe and k-shot: logistic regression on the image tower's features, its penalty swept (CLIP, Radford et al.
 2021, appendix A.3)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +11,14 @@ from pydantic import Field
 from torch import Tensor
 
 from mm import distributed, logistic
+from mm.data.remote import is_remote
 from mm.errors import UserError
-from mm.evaluators.classification import MULTILABEL, NamesConfig, class_names, dataset_type, needed_fields
+from mm.evaluators.classification import NamesConfig, class_names, is_multilabel, needed_fields
 from mm.evaluators.embedding import Embedder, EverythingReading, Images
 from mm.evaluators.labels import class_numbers, targets
 from mm.evaluators.outcome import Outcome, by_key, columns, content_hash
 from mm.evaluators.passes import Facts
-from mm.evaluators.sets import SetConfig
+from mm.evaluators.sets import SetConfig, has_split
 from mm.evaluators.tables import answers, multi_label, single_label
 from mm.metrics.bootstrap import sampled
 
@@ -26,9 +28,9 @@ class ProbeConfig(NamesConfig):
 
     kind: Literal["probe"] = "probe"
     """Linear probe and k-shot."""
-    train: Path | str = "train"
+    train: str = "train"
     """What is learnt from: a split of `data`, or another folder or shards."""
-    validation: Path | str | None = None
+    validation: str | None = None
     """What the penalty is chosen on: a split of `data`, or another folder; null: a share of `train`."""
     validation_share: float = Field(0.2, gt=0, lt=1)
     """Share of each class of `train` that the penalty is chosen on, where there is no `validation`."""
@@ -52,45 +54,48 @@ def probe(embed: Embedder, config: ProbeConfig) -> Outcome:
 
     Details: as classification has, and penalties, the score on the validation samples of each that was tried.
     """
-    multi = dataset_type(config) == MULTILABEL
+    multi = is_multilabel(config)
     fields = needed_fields(config, multi)
-    test, facts, bad = _images(embed, config, config.split, None).usable(*fields)
-    known = _images(embed, config, config.train, config.train_limit).usable(*fields)
-    valid = (
-        None if config.validation is None else _images(embed, config, config.validation, None).usable(*fields)
+    test, facts, bad = _features(embed, config, config).usable(*fields)
+    known, known_facts, _ = _features(embed, config, _part(config, config.train, config.train_limit)).usable(
+        *fields
     )
-    everything = [*facts, *known[1], *(valid[1] if valid else ())]
+    valid: tuple[Tensor, list[Facts]] | None = None
+    if config.validation is not None:
+        valid = _features(embed, config, _part(config, config.validation, None)).usable(*fields)[:2]
+    everything = [*facts, *known_facts, *(valid[1] if valid else ())]
     names = class_names(config) or _numbered(everything, config, multi)
 
     def truth(some: list[Facts]) -> Tensor:
         return targets(some, len(names)).double() if multi else class_numbers(some, config.label, names)
 
-    labels, learnt = truth(facts), truth(known[1])
-    features = [one.cpu().double() for one in (test, known[0])]
+    shots = () if multi else config.shots
+    labels, learnt = truth(facts), truth(known_facts)
+    test, known = test.cpu().double(), known.cpu().double()
     validation = (valid[0].cpu().double(), truth(valid[1])) if valid else None
-    found: dict[str, Tensor] = {}
+    found: list[Tensor] = []
 
     def fit() -> list[Any]:
-        result = _swept(features[1], learnt, validation, len(names), config, multi)
-        found["logits"] = result.model.logits(features[0])
-        for k in () if multi else config.shots:
-            found[str(k)] = torch.stack(
-                list(_few(features, learnt, labels, k, result.penalty, len(names), config))
-            )
-
+        """The penalty and what was tried; logits (N, C) and for each k what was hit (N,) into `found`."""
+        result = _swept(known, learnt, validation, len(names), config, multi)
+        found.append(result.model.logits(test))
+        for k in shots:
+            models = _few(known, learnt, k, result.penalty, len(names), config)
+            hits = [answers(iter([one.logits(test)]), labels, len(names)).hits[1] for one in models]
+            found.append(torch.stack(hits).double().mean(0))
         return [result.penalty, sorted(result.tried.items())]
 
     penalty, tried = distributed.from_main(fit)
-    given = ["logits", *(str(k) for k in (() if multi else config.shots))]
-    share = {name: distributed.broadcast(found[name].float() if found else None).cpu() for name in given}
-    logits = share["logits"]
+    logits, *hit = (
+        distributed.broadcast(found[i].float() if found else None).cpu() for i in range(1 + len(shots))
+    )
     if multi:
         figures, about, details = multi_label(logits, labels > 0, names)
     else:
         said = answers(iter([logits]), labels, len(names))
         figures, about, details = single_label(said, labels, names, facts)
         figures |= {
-            f"accuracy_{k}_shot": sampled("mean", *columns(share[str(k)].mean(0))) for k in config.shots
+            f"accuracy_{k}_shot": sampled("mean", *columns(one)) for k, one in zip(shots, hit, strict=True)
         }
     details["penalties"] = [{"penalty": one, "score": score} for one, score in tried]
     counts = {
@@ -99,7 +104,7 @@ def probe(embed: Embedder, config: ProbeConfig) -> Outcome:
         "samples": len(facts),
         "bad": bad,
     }
-    data = content_hash([*facts, *known[1]], *fields)
+    data = content_hash([*facts, *known_facts], *fields)
     return Outcome(figures, by_key(facts), about | counts, data, details)
 
 
@@ -133,54 +138,40 @@ def _swept(
 
 
 def _few(
-    features: list[Tensor],
-    learnt: Tensor,
-    labels: Tensor,
-    k: int,
-    penalty: float,
-    classes: int,
-    config: ProbeConfig,
-) -> "list[Tensor]":
-    """(N,) hits of each draw. The penalty is that of all samples: k of a class leave none to choose one on, and the
-    objective's sum over fewer samples makes it as much stronger."""
-    found = []
+    features: Tensor, labels: Tensor, k: int, penalty: float, classes: int, config: ProbeConfig
+) -> Iterator[logistic.Logistic]:
+    """The classifier of each draw of k samples a class. The penalty is that of all samples: k of a class leave none to
+    choose one on, and the objective's sum over fewer samples makes it as much stronger."""
     for draw in range(config.draws):
-        some = logistic.few(learnt, k, config.probe_seed + draw, classes=classes)
-        model = logistic.fit(features[1][some], learnt[some], classes, penalty)
-        logits = model.logits(features[0])
-        found.append(answers(iter([logits]), labels, classes).hits[1].double())
-    return found
+        some = logistic.few(labels, k, config.probe_seed + draw, classes=classes)
+        yield logistic.fit(features[some], labels[some], classes, penalty)
 
 
-def _images(embed: Embedder, config: ProbeConfig, where: Path | str, limit: int | None) -> Images:
-    """Features of a split of the set, or of another folder. Collective."""
-    plain = {key: getattr(config, key) for key in SetConfig.model_fields}
-    if str(where) == config.split:
-        one = SetConfig(**plain)
+def _part(config: ProbeConfig, where: str, limit: int | None) -> SetConfig:
+    """A split of the set, or another folder or shards. UserError where there is no such."""
+    if has_split(config, where):
+        place: dict[str, Any] = {"split": where}
+    elif is_remote(where) or Path(where).expanduser().exists():
+        place = {"data": where, "split": "."}
     else:
-        folder = Path(str(config.data)).expanduser()
-        inside = isinstance(config.data, str) and (folder / str(where)).is_dir()
-        remote = "://" in str(config.data) and "/" not in str(where)
-        data = {} if inside or remote else {"data": str(where)}
-        if (
-            not inside
-            and not remote
-            and not Path(str(where)).expanduser().exists()
-            and "://" not in str(where)
-        ):
-            raise UserError(
-                f"{config.data} has no split {str(where)!r} to learn from: name one as `train` or `validation`, "
-                "or give a folder of shards"
-            )
-        one = SetConfig(**plain | data | {"split": str(where), "limit": limit})
+        raise UserError(
+            f"{config.data} has no split {where!r} to learn from: name one as `train` or `validation`, or give a folder "
+            "of shards"
+        )
+    common = {key: getattr(config, key) for key in SetConfig.model_fields}
+    return SetConfig(**common | place | {"limit": limit})
+
+
+def _features(embed: Embedder, config: ProbeConfig, part: SetConfig) -> Images:
+    """Features and facts of the samples to learn from, or to test on. Collective."""
     if config.features == "embedding":
-        return embed.images(one)
+        return embed.images(part)
 
     def compute(batch: dict[str, Tensor], facts: list[Facts]) -> Tensor:
         return embed.towers.image(batch["images"]).pooled
 
-    depends = ("pooled", one.batch, one.limit)
-    return Images(*embed.kept(one, EverythingReading(embed.transform()), compute, depends))
+    depends = ("pooled", part.batch, part.limit)
+    return Images(*embed.kept(part, EverythingReading(embed.transform()), compute, depends))
 
 
 def _numbered(facts: list[Facts], config: ProbeConfig, multi: bool) -> list[str]:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from mm.data.corruptions import BENCHMARK, CORRUPTIONS, SEVERITIES
 from mm.errors import UserError
-from mm.evaluators.classification import ClassificationConfig, dataset_type, judge
+from mm.evaluators.classification import Judged, JudgedConfig, is_multilabel, judge, needed_fields
 from mm.evaluators.embedding import Corruption, Embedder
 from mm.evaluators.labels import class_numbers
 from mm.evaluators.outcome import Outcome, by_key, columns, content_hash
@@ -16,12 +16,12 @@ from mm.evaluators.tables import answers
 from mm.metrics.bootstrap import Floats, sampled
 
 
-class RobustnessConfig(ClassificationConfig):
-    """A classification set, shown again and again under corruptions."""
+class RobustnessConfig(JudgedConfig):
+    """Images with a class each, shown again and again under corruptions."""
 
-    kind: Literal["robustness"] = "robustness"  # type: ignore[assignment]
+    kind: Literal["robustness"] = "robustness"
     """Classification under corruptions of rising strength."""
-    corruptions: tuple[str, ...] = tuple(BENCHMARK)
+    corruptions: tuple[str, ...] = Field(tuple(BENCHMARK), min_length=1)
     """Which; by default the fifteen of ImageNet-C."""
     severities: tuple[int, ...] = Field(tuple(SEVERITIES), min_length=1)
     """Strengths, of 1 to 5. The set is read once for each corruption and strength: `limit` keeps that short."""
@@ -34,8 +34,6 @@ class RobustnessConfig(ClassificationConfig):
         for name in names:
             if name not in CORRUPTIONS:
                 raise ValueError(f"{name!r} is not one of {', '.join(CORRUPTIONS)}")
-        if not names:
-            raise ValueError("at least one corruption is needed")
         return names
 
     @field_validator("severities")
@@ -53,21 +51,24 @@ def robustness(embed: Embedder, config: RobustnessConfig) -> Outcome:
 
     Details: corruptions, the accuracy of each with each strength.
     """
-    if config.video is not None or dataset_type(config) == "multilabel" or config.labels == "multi":
-        raise UserError(f"robustness is measured on images with one label each; {config.data} has others")
-    clean = judge(embed, config)
+    if is_multilabel(config):
+        raise UserError(f"robustness is measured on images with one label each; {config.data} has several")
+    needed = needed_fields(config)
+    clean = judge(embed, config, needed)
     labels = class_numbers(clean.facts, config.label, clean.names)
 
-    def hits(corruption: Corruption | None) -> Floats:
-        judged = clean if corruption is None else judge(embed, config, corruption=corruption)
+    def hits(judged: Judged) -> Floats:
         (found,) = columns(answers(judged.logits(), labels, len(judged.names)).hits[1])
         return found
 
-    plain = hits(None)
+    plain = hits(clean)
     # (corruptions, strengths, N)
     table = np.array(
         [
-            [hits(Corruption(name, severity, config.noise_seed)) for severity in config.severities]
+            [
+                hits(judge(embed, config, needed, corruption=Corruption(name, severity, config.noise_seed)))
+                for severity in config.severities
+            ]
             for name in config.corruptions
         ]
     )

@@ -65,13 +65,27 @@ def open_set(config: SetConfig) -> Samples:
 
     Raises UserError: there are none, or not all that there must be.
     """
+    found = located(config)
+    return found if isinstance(found, FolderSet) else ShardSet(found)
+
+
+def located(config: SetConfig) -> str | tuple[str, ...] | FolderSet:
+    """What names the shards of a set, or its folder of images. Errors as `open_set`."""
     url = _url(config)
     if url is not None:
-        return ShardSet(_shards_behind(url, config.split))
+        return _shards_behind(url, config.split)
     place = _place(config)
     if place is None or _holds_shards(place):
-        return ShardSet(config.data if place is None else str(place))
+        return config.data if place is None else str(place)
     return FolderSet(place)
+
+
+def has_split(config: SetConfig, name: str) -> bool:
+    """Whether a folder of a set has one of that name in it; of a set behind a URL that shows when it is read."""
+    if _url(config) is not None:
+        return "/" not in name
+    folder = _folder(config)
+    return folder is not None and (folder / name).is_dir()
 
 
 def beside(config: SetConfig, name: str) -> Path | None:

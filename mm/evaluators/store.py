@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mm import distributed
+from mm.data.catalog import read_catalog
 from mm.data.folders import FolderSet
 from mm.data.remote import is_remote
 from mm.errors import UserError
+from mm.evaluators.sets import SetConfig, located
 from mm.files import write_atomically
 
 if TYPE_CHECKING:
-    from mm.data.shards import ShardSet
     from mm.evaluators.passes import Facts
     from mm.models.folder import Model
 
@@ -67,17 +68,17 @@ class Store:
         """conditions: what else the embeddings depend on, such as the precision and the kind of device."""
         self.root = folder.expanduser()
         given = json.dumps([model, torch.__version__, *conditions])
-        self.folder = self.root / hashlib.blake2b(given.encode(), digest_size=DIGEST).hexdigest()
+        self.folder = self.root / _hash(given.encode()).hex()
         self._texts: dict[bytes, tuple[int, int]] | None = None  # digest -> piece, row
         self._pieces: list[Tensor] = []
         self._writable = True
 
-    def key(self, samples: "ShardSet | FolderSet", *depends: object) -> str:
+    def key(self, config: SetConfig, *depends: object) -> str:
         """What the images of a set are filed under. Collective."""
 
         def make() -> str:
             try:
-                return _hash(json.dumps([digest(samples, self.root), *map(str, depends)]).encode()).hex()
+                return _hash(json.dumps([digest(config, self.root), *map(str, depends)]).encode()).hex()
             except OSError as error:
                 raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
@@ -95,6 +96,8 @@ class Store:
 
     def keep_images(self, key: str, rows: Tensor, facts: "list[Facts]") -> None:
         """Keep rows (N, D) and facts under `key`."""
+        if not distributed.is_main():
+            return
         said = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
         self._write(self.folder / "images" / f"{key}.safetensors", {"rows": rows.cpu(), "facts": said})
 
@@ -128,7 +131,9 @@ class Store:
             for path in sorted((self.folder / "texts").glob("*.safetensors")):
                 piece = _load(path)
                 if piece is not None:
-                    self._add([bytes(one.tolist()) for one in piece["digests"]], piece["rows"])
+                    packed = piece["digests"].numpy().tobytes()
+                    digests = [packed[at : at + DIGEST] for at in range(0, len(packed), DIGEST)]
+                    self._add(digests, piece["rows"])
         return self._texts
 
     def _add(self, digests: Sequence[bytes], rows: Tensor) -> None:
@@ -138,30 +143,27 @@ class Store:
         self._pieces.append(rows)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        if distributed.is_main():
-            data = {name: value.contiguous() for name, value in tensors.items()}
-            self._try(path, lambda: write_atomically(path, save(data)))
-
-    def _try(self, path: Path, write: Any) -> None:
-        """Write, or say once that nothing is kept."""
+        """Write a file, or say once that nothing is kept."""
         if not self._writable:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write()
+            write_atomically(path, save({name: value.contiguous() for name, value in tensors.items()}))
         except OSError as error:
             self._writable = False
             why = f"{path.parent}: {error.strerror}"
             print(f"warning: embeddings are not kept ({why}); name another folder as `cache`, or cache=null")
 
 
-def digest(samples: "ShardSet | FolderSet", memory: Path | None = None) -> str:
-    """Hash of the contents of the shards of a set; those behind URLs go by name and size.
+def digest(config: SetConfig, memory: Path | None = None) -> str:
+    """Hash of the contents of a set's shards; those behind URLs go by name and size.
 
     memory: a folder that remembers the hashes of unchanged files.
     """
-    if isinstance(samples, FolderSet):
-        return samples.digest()
+    found = located(config)
+    if isinstance(found, FolderSet):
+        return found.digest()
+    catalog = read_catalog(found)
     path = None if memory is None else memory.expanduser() / "digests.json"
     try:
         known: dict[str, str] = json.loads(path.read_bytes()) if path else {}
@@ -169,11 +171,11 @@ def digest(samples: "ShardSet | FolderSet", memory: Path | None = None) -> str:
         known = {}
     before = len(known)
     parts = []
-    for shard, name in enumerate(samples.paths):
+    for shard, name in enumerate(catalog.paths):
         about = None if is_remote(name) else os.stat(name)
         where = os.path.abspath(name) if about else name
-        facts = [about.st_size, about.st_mtime_ns] if about else [int(samples.sizes[shard])]
-        stamp = json.dumps([where, *facts])
+        size = None if catalog.sizes is None else int(catalog.sizes[shard])
+        stamp = json.dumps([where, *([about.st_size, about.st_mtime_ns] if about else [size])])
         if stamp not in known:
             known[stamp] = _hash_file(where).hex() if about else _hash(stamp.encode()).hex()
         parts.append(known[stamp])

@@ -1,7 +1,6 @@
 """Visual question answering by the official accuracy, and the files that the challenges take."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from mm.data.lines import read_lines
 from mm.errors import UserError
 from mm.evaluators.answerers import Ranked, answering_head, ask, has_answerer, rank_answers, units_of
 from mm.evaluators.embedding import Embedder
-from mm.evaluators.outcome import MANY, Outcome, columns, content_hash
+from mm.evaluators.outcome import MANY, Outcome, columns, content_hash, slice_name
 from mm.evaluators.passes import Facts, usable
 from mm.evaluators.sets import SetConfig, beside
 from mm.files import write_atomically
@@ -138,7 +137,7 @@ def scored(
     common = Counter(Counter(some).most_common(1)[0][0] for some in answers).most_common(1)[0][0]
     majority = [metrics.vqa_accuracy(common, some) for some in answers]
     units, unit = units_of(asked)
-    types = np.array([re.sub(r"\W+", "_", fact["type"] or "other").strip("_") for fact in asked])
+    types = np.array([slice_name(fact["type"] or "other") for fact in asked])
     figures = {"accuracy": sampled("mean", right, unit=unit)}
     kinds = sorted(set(types.tolist()))
     for kind in kinds if len(kinds) > 1 else ():

@@ -12,11 +12,10 @@ from torch import Tensor
 from mm.config import Config
 from mm.data.questions import most_common
 from mm.evaluators.answerers import AskedReading, answering_head, ask, has_answerer, units_of
-from mm.evaluators.choice import slice_name
 from mm.evaluators.distinct import distinct_images, read_facts
 from mm.evaluators.embedding import Embedder
 from mm.evaluators.labels import group_names
-from mm.evaluators.outcome import MANY, Outcome, columns, content_hash, totals
+from mm.evaluators.outcome import MANY, Outcome, columns, content_hash, slice_name, totals
 from mm.evaluators.passes import Facts, usable
 from mm.evaluators.sets import SetConfig
 from mm.metrics.bootstrap import Floats, Sampled, sampled
