@@ -16,16 +16,17 @@ Prints a table and writes `RUN/eval/NAME.json` (or `out`), one JSON object:
 - failed: {"SET": why}
 - mean_main: the mean over the sets of the figure by which each is quoted (`main`), losses apart
 - mm, torch, ...: versions; date: end of the evaluation in UTC
-- seconds, ranks, device: what it took, loading apart
+- seconds, ranks, device: what it took
 
 and beside it `NAME/SET.json` with the tables of each set and `NAME/SET.samples.safetensors`, see `eval.results`.
 """
 
 import importlib.metadata
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,17 +34,15 @@ import torch
 from pydantic import Field, field_validator
 
 from eval import results
+from eval.models import Given, results_folder
 from eval.results import SetResult
-from mm import checkpoint, distributed, program
+from mm import distributed, program
 from mm.config import Config, parse
-from mm.encoders.lora import merge_lora
 from mm.errors import Failure, UserError
 from mm.evaluators import FIGURES, EvaluatorConfig, outcome
 from mm.evaluators.embedding import Embedder, embedding
 from mm.evaluators.sets import beside
-from mm.evaluators.store import default_store, digest, make_store
-from mm.models.folder import Model, find_model, load_model, read_description
-from mm.models.opening import open_model
+from mm.evaluators.store import Store, default_store, digest
 from mm.report.console import show
 from mm.report.figures import label
 
@@ -68,6 +67,9 @@ class SuiteConfig(Config):
     $MM_EMBEDDINGS by default."""
     fresh: bool = False
     """Evaluate every set, also those whose results are there."""
+    resizer: Literal["torch", "pillow"] = "torch"
+    """What makes images smaller. pillow: as open_clip's own transforms do, for the figures of CLIP_benchmark to the last
+    sample; slower, and of the pixels one in about 500 differs by one level."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the towers compute in; scores are fp32."""
     resamples: int = Field(1000, ge=100)
@@ -84,6 +86,13 @@ class SuiteConfig(Config):
             )
         return out
 
+    @field_validator("cache")
+    @classmethod
+    def _is_folder(cls, cache: Path | None) -> Path | None:
+        if cache is not None and cache.expanduser().exists() and not cache.expanduser().is_dir():
+            raise ValueError("is not a folder; name another, or cache=null")
+        return cache
+
     @field_validator("sets")
     @classmethod
     def _can_be_files(cls, sets: dict[str, Any]) -> dict[str, Any]:
@@ -96,16 +105,22 @@ class SuiteConfig(Config):
 def main(argv: list[str]) -> None:
     config = parse(SuiteConfig, argv, "eval.suite")
     distributed.start()
-    model = load(config.model).to(distributed.device())
+    given = Given(config.model, config.cache)
     conditions = (config.precision, distributed.device().type)
-    model_hash, store = make_store(config.cache, model, conditions)
+    store = Store(config.cache, given.hash, conditions) if config.cache else None
     path = config.out or results_folder(config.model) / f"{config.name}.json"
     started = time.perf_counter()
-    with embedding(model, store=store) as embed, precision(config.precision):
-        found, failed = evaluate_sets(embed, config, path.with_suffix(""), [model_hash, *conditions])
+    with ExitStack() as stack, precision(config.precision):
+
+        @cache
+        def opened() -> Embedder:
+            return stack.enter_context(embedding(given.model, store=store, resizer=config.resizer))
+
+        about = [given.hash, *conditions, config.resizer]
+        found, failed = evaluate_sets(opened, config, path.with_suffix(""), about)
     if not distributed.is_main():
         return
-    result = summary(config, model_hash, found, failed) | {"seconds": time.perf_counter() - started}
+    result = summary(config, given.hash, found, failed) | {"seconds": time.perf_counter() - started}
     results.write(path, results.to_json(result))
     if found:
         show(result["figures"], intervals=result["intervals"])
@@ -118,15 +133,18 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate_sets(
-    embed: Embedder, config: SuiteConfig, folder: Path, about: list[str]
+    opened: Callable[[], Embedder], config: SuiteConfig, folder: Path, about: list[str]
 ) -> tuple[dict[str, SetResult], dict[str, str]]:
-    """Results of the sets, and why those failed that have none; each is written as soon as it is there. Collective."""
+    """Results of the sets, and why those failed that have none; each is written as soon as it is there. Collective.
+
+    opened: opens the model, unless it is open. about: what of it the results depend on.
+    """
     found: dict[str, SetResult] = {}
     failed: dict[str, str] = {}
     for number, (name, one) in enumerate(config.sets.items(), 1):
         note(f"[{number}/{len(config.sets)}] {name} ... ", end="")
         try:
-            result = evaluate_set(embed, config, folder, name, one, about)
+            result = evaluate_set(opened, config, folder, name, one, about)
         except (UserError, Failure) as error:  # of all ranks alike
             failed[name] = str(error)
         except Exception as error:
@@ -143,14 +161,20 @@ def evaluate_sets(
 
 
 def evaluate_set(
-    embed: Embedder, config: SuiteConfig, folder: Path, name: str, one: EvaluatorConfig, about: list[str]
+    opened: Callable[[], Embedder],
+    config: SuiteConfig,
+    folder: Path,
+    name: str,
+    one: EvaluatorConfig,
+    about: list[str],
 ) -> SetResult | None:
     """The result of a set, from the disk where it is there; None on the ranks that do not write. Collective."""
-    started = time.perf_counter()
     mark = distributed.from_main(lambda: signature(one, about, config))
     known = None if config.fresh else results.read_set(folder, name)
     if distributed.broadcast_object(known is not None and known.signature == mark):
         return known
+    embed = opened()
+    started = time.perf_counter()
     found = outcome(embed, one)
     if not distributed.is_main():
         return None
@@ -217,33 +241,6 @@ def summary(
         "ranks": distributed.world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-
-def load(name: str) -> Model:
-    """The model of a name; of a checkpoint of a run, the run's model with the weights of that step."""
-    path = Path(name)
-    if not is_checkpoint(path):
-        return open_model(name)
-    weights = {key.removeprefix("model."): w for key, w in checkpoint.read_weights(path).items()}
-    folder = find_model(path.parent.parent)
-    model = load_model(folder)
-    model.load_state_dict(merge_lora(weights, read_description(folder)["about"].get("lora", {})))
-    return model
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is a checkpoint of a run."""
-    return path.parent.name == "checkpoints" and (path / "state.json").is_file()
-
-
-def results_folder(name: str) -> Path:
-    """Where the results of a model go: eval/ of its run or of its own folder; for one that is no folder, results/."""
-    path = Path(name)
-    if is_checkpoint(path):
-        return path.parent.parent / "eval"
-    if not path.is_dir():
-        return Path("results") / "".join(c if c.isalnum() or c in "._-@" else "_" for c in name)
-    return (path.parent if path.name == "model" and (path.parent / "config.yaml").exists() else path) / "eval"
 
 
 def precision(name: str) -> Any:

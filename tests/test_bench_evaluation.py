@@ -67,14 +67,15 @@ def test_rows_of_the_suite_count_each_difference(monkeypatch: pytest.MonkeyPatch
     found = Found(
         theirs=[Seconds(36, 36)],
         first=[Seconds(12, 10)],
-        again=[Seconds(2.1, 2.1)],
-        known=[Seconds(0.5, 0.5)],
+        again=[Seconds(0.5, 0.5)],
+        embedded=[Seconds(2.1, 2.1)],
         start=[Seconds(2, 2)],
-        resized=[Apart("photos", "accuracy", 0.5, 0.49, 300), Apart("photos", "accuracy@5", 0.7, 0.7, 300)],
-        fitting=[Apart("photos", "accuracy", 0.5, 0.50000001, 300)],
+        pillow=[Seconds(13, 10)],
+        apart=[Apart("photos", "accuracy", 0.5, 0.49, 300), Apart("photos", "accuracy@5", 0.7, 0.7, 300)],
+        apart_pillow=[Apart("photos", "accuracy", 0.5, 0.50000001, 300)],
     )
     monkeypatch.setattr(evaluation, "run_suite", lambda *_: found)
     rows = evaluation.measure(evaluation.EvaluationConfig(parts=["suite"]))
-    assert [row.met for row in rows] == [True, False, True, False, True]
+    assert [row.met for row in rows] == [True, False, False, True, True, False]
     assert rows[0].figure == "3.00x wall, 3.60x CPU" and rows[1].figure == "1.0e-02; 1 of 2 differ"
     assert rows[4].figure == "4.2% wall, 5.0% CPU"

@@ -18,7 +18,7 @@ from mm.evaluators import evaluate, outcome
 from mm.evaluators.choice import ChoiceConfig, chance, matched, nearest
 from mm.evaluators.distinct import image_members
 from mm.evaluators.embedding import embedding
-from mm.evaluators.store import make_store
+from mm.evaluators.store import Store, model_hash
 from mm.models.two_tower import TwoTowerOutput
 from tests import tiny
 from tests.test_evaluators import TinyTwoTower
@@ -195,7 +195,7 @@ def test_what_was_embedded_is_kept_on_the_disk(tmp_path):
     model.image.register_forward_hook(lambda module, given, result: seen.append(len(given[0])))
     figures = []
     for _ in range(2):
-        with embedding(model, store=make_store(tmp_path / "kept", model, ())[1]) as embed:
+        with embedding(model, store=Store(tmp_path / "kept", model_hash(model))) as embed:
             figures.append(outcome(embed, ChoiceConfig(data=str(data), workers=0)).figures)
         seen.append(0)
     assert figures[0] == figures[1] and seen[-2:] == [0, 0] and sum(seen) > 0

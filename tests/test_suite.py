@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import mm
-from eval import compare, results, suite
+from eval import compare, models, results, suite
 from mm import config as mm_config
 from mm.data.writer import ShardWriter
 from mm.errors import UserError
@@ -165,6 +166,40 @@ def test_a_suite_goes_on_where_it_was(place, monkeypatch):
     assert sorted(evaluated[3:]) == ["classification", "loss", "retrieval"]
 
 
+def test_a_model_is_opened_only_where_it_is_needed(place, monkeypatch):
+    """Nothing of it may have changed since: neither its weights, nor the words that its tokenizer knows."""
+    plain = results_of(place, "fresh=true")
+    opened = []
+    original = models.open_model
+    monkeypatch.setattr(models, "open_model", lambda name: opened.append(name) or original(name))
+    assert results_of(place)["figures"] == plain["figures"] and opened == []
+    assert results_of(place, "sets.loss.pairs=5")["model_hash"] == plain["model_hash"] and len(opened) == 1
+    results_of(place, "cache=null")  # where nothing is remembered
+    assert len(opened) == 2
+    for path in (place / "run" / "model").rglob("*"):
+        if path.is_file():
+            before = path.stat()
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+            assert results_of(place)["figures"] == plain["figures"]
+            assert len(opened) > 2, path
+            opened[2:] = []
+    weights = place / "run" / "model" / "model.safetensors"
+    data, other = weights.read_bytes(), place / "other weights"
+    shutil.copytree(place / "run", other)
+    (other / "model" / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    suite.main([str(place / "suite.yaml"), f"model={other}", f"out={place}/own.json"])
+    assert json.loads((place / "own.json").read_text())["model_hash"] != plain["model_hash"]
+
+
+def test_results_beside_a_model_are_no_part_of_it(place, monkeypatch):
+    shutil.copytree(place / "run" / "model", place / "bare")
+    for _ in range(2):
+        suite.main([str(place / "suite.yaml"), f"model={place / 'bare'}"])
+    monkeypatch.setattr(models, "open_model", None)
+    suite.main([str(place / "suite.yaml"), f"model={place / 'bare'}"])
+    assert (place / "bare" / "eval" / "colours.json").is_file()
+
+
 def test_a_suite_that_was_stopped_keeps_what_it_had(place, monkeypatch):
     plain = results_of(place, "fresh=true")
     original = suite.outcome
@@ -232,7 +267,7 @@ def test_two_models_are_compared(place, capsys):
     (["model={run}", "name=../escape"], "escape"),
     (["model={run}", "sets.names.main=beauty"], "main=beauty: .* has no such figure; it has accuracy"),
     (["model={run}", "out={run}/results"], "must end in .json"),
-    (["model={run}", "cache={run}/config.txt"], "cache=.*is not a folder"),
+    (["model={run}", "cache={run}/config.txt"], "cache = .*is not a folder"),
     (["model={run}", "out={run}/model/model.json/x.json"], "cannot be written"),
 ])  # fmt: skip
 def test_mistakes_are_named(place, change, message):

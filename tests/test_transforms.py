@@ -11,7 +11,15 @@ from torchvision.transforms import v2
 
 from mm.data import transforms
 from mm.data.decode import EncodedImage, image
-from mm.data.transforms import AugmentConfig, EvalTransform, TrainTransform, composite, crop_box, visible
+from mm.data.transforms import (
+    AugmentConfig,
+    EvalTransform,
+    Resizer,
+    TrainTransform,
+    composite,
+    crop_box,
+    visible,
+)
 from mm.errors import UserError
 
 
@@ -33,15 +41,16 @@ SHAPES = [(0, 90, 130), (1, 301, 200), (2, 64, 64), (3, 40, 31), (4, 17, 400)]
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("size", [64, 49])
-def test_evaluation_equals_open_clip(mode: str, size: int) -> None:
+@pytest.mark.parametrize("resizer,levels", [("torch", 2), ("pillow", 0)])
+def test_evaluation_equals_open_clip(mode: str, size: int, resizer: Resizer, levels: int) -> None:
     theirs = open_clip.image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode)
-    ours = EvalTransform(size, mode)
+    ours = EvalTransform(size, mode, resizer=resizer)
     for seed, height, width in SHAPES:
         image = picture(seed, height, width)
         expected = theirs(Image.fromarray(image)) * 255
         got = ours(tensor(image))
         assert got.dtype == torch.uint8 and got.shape == (3, size, size)
-        assert (got.float() - expected).abs().max() <= 2
+        assert (got.float() - expected).abs().max() <= levels + 1e-4
 
 
 def test_evaluation_of_an_oblong_size_equals_open_clip() -> None:

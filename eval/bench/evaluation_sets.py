@@ -21,7 +21,6 @@ from eval.bench import peer, photos
 from mm.data import decode
 from mm.data.catalog import index_shards
 from mm.data.shards import Sample, ShardSet
-from mm.data.transforms import EvalTransform
 from mm.data.writer import ShardWriter
 
 SHARDS = 4  # a set, so that its workers have something to do
@@ -74,18 +73,6 @@ def write_sets(folder: Path, photographs: int, drawings: int, classes: int, temp
         (folder / name / "dataset_type.txt").write_text("retrieval")
 
 
-def fit_sets(source: Path, folder: Path, transform: EvalTransform) -> None:
-    """The same sets, their images PNGs of the size that a model reads: neither program resizes them."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("test"))
-    for name in CLASSIFICATION + RETRIEVAL:
-        samples = iter(ShardSet(str(source / name / "test")))
-        _write(
-            folder / name,
-            ({**_without_image(sample), "png": _fitted(sample, transform)} for sample in samples),
-        )
-
-
 def _spread(samples: ShardSet | Sequence[Sample], count: int) -> Iterator[Sample]:
     count = min(count, len(samples))
     return (samples[i * len(samples) // count] for i in range(count))
@@ -123,15 +110,6 @@ def _photograph(sample: Sample, names: list[str], whole: Image.Image, rng: rando
     behind.save(out, "JPEG", quality=photos.QUALITY)
     captions = "\n".join(caption.format(names[int(sample.members["cls"])]) for caption in CAPTIONS)
     return {"jpg": out.getvalue(), "txt": captions.encode(), "cls": sample.members["cls"]}
-
-
-def _without_image(sample: Sample) -> dict[str, bytes]:
-    return {end: data for end, data in sample.members.items() if end not in decode.IMAGE_EXTENSIONS}
-
-
-def _fitted(sample: Sample, transform: EvalTransform) -> bytes:
-    pixels = transform(decode.image(decode.image_member(sample)))
-    return _png(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -1,6 +1,5 @@
 """A suite of five sets with both programs, from a shell to the results: for `evaluation`."""
 
-import itertools
 import json
 import resource
 import shutil
@@ -14,10 +13,9 @@ from typing import NamedTuple
 from pydantic import Field
 
 from eval.bench import peer
-from eval.bench.evaluation_sets import CLASSIFICATION, RETRIEVAL, fit_sets, write_sets
+from eval.bench.evaluation_sets import CLASSIFICATION, RETRIEVAL, write_sets
 from eval.bench.measure import Seconds
 from mm.config import Config
-from mm.data.transforms import EvalTransform
 from mm.evaluators.retrieval import KS
 
 NAME = "ViT-S-32-alt"  # the smallest of open_clip's ViTs for 224 pixels
@@ -36,7 +34,7 @@ class SuiteSize(Config):
 
     model: str | None = None
     """A run, which is exported as a model of open_clip; null: open_clip's ViT-S-32-alt with random weights."""
-    photos: int = Field(300, ge=10, le=1000)
+    photos: int = Field(1000, ge=10, le=1000)
     """JPEGs in each of two sets."""
     drawings: int = Field(250, ge=10, le=250)
     """Images in each of three sets."""
@@ -46,8 +44,8 @@ class SuiteSize(Config):
     """Prompts of each of these names, the first of ImageNet's."""
     workers: int = 2
     """Loader processes, of both."""
-    turns: int = Field(2, ge=1)
-    """Of each; one of theirs takes about 4 CPU minutes."""
+    turns: int = Field(1, ge=1)
+    """Of each; one of theirs takes about 7 CPU minutes."""
 
 
 class Apart(NamedTuple):
@@ -68,14 +66,16 @@ class Found(NamedTuple):
     first: list[Seconds]
     """Ours, with an empty cache."""
     again: list[Seconds]
-    """With the embeddings of the first: `fresh=true`."""
-    known: list[Seconds]
-    """With its results."""
+    """The same once more."""
+    embedded: list[Seconds]
+    """With the embeddings of the first and not its results: `fresh=true`."""
     start: list[Seconds]
     """Imports, and opening the model."""
-    resized: list[Apart]
-    fitting: list[Apart]
-    """The same images, resized beforehand to what the model reads."""
+    pillow: list[Seconds]
+    """Ours, with an empty cache and `resizer=pillow`."""
+    apart: list[Apart]
+    """Theirs and the first of ours."""
+    apart_pillow: list[Apart]
 
 
 def run_suite(size: SuiteSize, folder: Path) -> Found:
@@ -91,23 +91,13 @@ def run_suite(size: SuiteSize, folder: Path) -> Found:
         "TOKENIZERS_PARALLELISM": "false",
     }
     run = Programs(size, folder, model, variables)
-    seconds: dict[str, list[Seconds]] = {key: [] for key in ("theirs", "first", "again", "known", "start")}
+    ours = ("first", "again", "embedded", "start", "pillow")
+    seconds: dict[str, list[Seconds]] = {key: [] for key in ("theirs", *ours)}
     for turn in range(size.turns):
-        sides = (["theirs"], ["first", "again", "known", "start"])
-        for key in itertools.chain(*(sides if turn % 2 == 0 else reversed(sides))):
+        for key in ("theirs", *ours) if turn % 2 == 0 else (*ours, "theirs"):
             seconds[key].append(run(key, made))
-            print(f"  {key:7} {seconds[key][-1].wall:.1f} ({seconds[key][-1].cpu:.1f}) s", flush=True)
-    resized = run.apart()
-    fitting = folder / "fitting"
-    preprocessing = json.loads((model / "open_clip_config.json").read_text())["preprocess_cfg"]
-    fit_sets(
-        made,
-        fitting,
-        EvalTransform(*(preprocessing[key] for key in ("size", "resize_mode", "interpolation"))),
-    )
-    run("theirs", fitting)
-    run("first", fitting)
-    return Found(**seconds, resized=resized, fitting=run.apart())
+            print(f"  {key:8} {seconds[key][-1].wall:.1f} ({seconds[key][-1].cpu:.1f}) s", flush=True)
+    return Found(**seconds, apart=run.apart("torch"), apart_pillow=run.apart("pillow"))
 
 
 class Programs:
@@ -123,13 +113,15 @@ class Programs:
                 key, ["-m", "clip_benchmark.cli", *self._their_arguments(sets)], self.variables
             )
         if key == "start":
-            code = "import sys; from eval import suite; suite.load(sys.argv[1])"
+            code = "import sys; from eval import models, suite; models.load(sys.argv[1])"
             command = ["-c", code, str(self.model)]
         else:
-            if key == "first":
-                for old in ("cache", "ours"):
+            resizer = "pillow" if key == "pillow" else "torch"
+            if key in ("first", "pillow"):
+                for old in ("cache", f"ours_{resizer}"):
                     shutil.rmtree(self.folder / old, ignore_errors=True)
-            command = ["-m", "eval.suite", *self._our_arguments(sets)] + ["fresh=true"] * (key == "again")
+            command = ["-m", "eval.suite", *self._our_arguments(sets, resizer)]
+            command += ["fresh=true"] * (key == "embedded")
         return self._timed(key, command, self.variables | {"PYTHONPATH": str(peer.ROOT)})
 
     def _timed(self, key: str, arguments: list[str], variables: Mapping[str, str]) -> Seconds:
@@ -155,7 +147,7 @@ class Programs:
             *("--recall_k", *map(str, KS), "--pretrained_model", f"local-dir:{self.model},"),
         ]
 
-    def _our_arguments(self, sets: Path) -> list[str]:
+    def _our_arguments(self, sets: Path, resizer: str) -> list[str]:
         common = {"batch": 64, "workers": self.size.workers}
         names = {
             name: {"kind": "classification", "data": str(sets / name)} | common for name in CLASSIFICATION
@@ -167,13 +159,14 @@ class Programs:
         return [
             str(path),
             f"model={self.model}",
-            f"out={self.folder}/ours/suite.json",
+            f"out={self.folder}/ours_{resizer}/suite.json",
             f"cache={self.folder}/cache",
+            f"resizer={resizer}",
         ]
 
-    def apart(self) -> list[Apart]:
+    def apart(self, resizer: str) -> list[Apart]:
         """All figures that the last run of each has found."""
-        ours = json.loads((self.folder / "ours" / "suite.json").read_text())["figures"]
+        ours = json.loads((self.folder / f"ours_{resizer}" / "suite.json").read_text())["figures"]
         found = []
         for name in CLASSIFICATION + RETRIEVAL:
             metrics: dict[str, float] = json.loads((self.folder / f"theirs_{name}.json").read_text())[

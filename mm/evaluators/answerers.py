@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from mm.data.clips import Views
 from mm.data.decode import BadSample
 from mm.data.questions import question
 from mm.data.shards import Sample
-from mm.data.transforms import EvalTransform
 from mm.encoders.text import Tokenizer
 from mm.errors import UserError
 from mm.evaluators.distinct import FactReading, distinct_images, read_facts
@@ -26,6 +25,9 @@ from mm.models.generation import generate, rank_candidates
 from mm.models.heads import AnswerHead, WritingHead
 from mm.models.two_tower import batches
 
+if TYPE_CHECKING:
+    from mm.data.transforms import EvalTransform  # which takes seconds to import
+
 UNANSWERABLE = "unanswerable"  # as VizWiz's annotators wrote
 BLOCK = 2**16  # texts whose embeddings are held at once
 
@@ -34,7 +36,7 @@ class QuestionReading(Reading):
     """The image or video and the question; as facts what `_asked` says of it."""
 
     def __init__(
-        self, transform: EvalTransform, views: Views | None, tokenizer: Tokenizer, looks: bool
+        self, transform: "EvalTransform", views: Views | None, tokenizer: Tokenizer, looks: bool
     ) -> None:
         super().__init__(transform, views)
         self.tokenizer = tokenizer
@@ -230,7 +232,7 @@ def rank_answers(
             f"most_texts={most_texts:,}; name fewer candidates, `limit` the samples, or raise most_texts"
         )
     said = [""] * len(asked)
-    plain = Embedder(embed.model, embed.tasks)
+    plain = Embedder(embed.model, embed.tasks, resizer=embed.resizer)
     for block in _blocks(answers):
         texts = [fill(prompt, text, answer) for text in block for answer in answers[text]]
         parts = plain.texts(texts, config.batch).split([len(answers[text]) for text in block])

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from mm import distributed
 from mm.data import decode
 from mm.data.decode import IMAGE_EXTENSIONS, BadSample
 from mm.data.shards import Sample
-from mm.data.transforms import EvalTransform
 from mm.evaluators.embedding import Embedder
 from mm.evaluators.passes import Facts, Reading, content_id
 from mm.evaluators.sets import SetConfig
+
+if TYPE_CHECKING:
+    from mm.data.transforms import EvalTransform  # which takes seconds to import
 
 NUMBERED = re.compile(rf"(?:image_?)?(\d+)\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
@@ -98,7 +100,7 @@ def image_members(sample: Sample) -> list[bytes]:
 class _OneImageReading(Reading):
     """One image of a sample: the n-th, by the place in the pass."""
 
-    def __init__(self, transform: EvalTransform, numbers: Sequence[int]) -> None:
+    def __init__(self, transform: "EvalTransform", numbers: Sequence[int]) -> None:
         super().__init__(transform)
         self.numbers = numbers
 

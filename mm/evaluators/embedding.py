@@ -14,7 +14,6 @@ from mm.data.clips import Views
 from mm.data.corruptions import corrupt
 from mm.data.questions import label
 from mm.data.shards import Sample
-from mm.data.transforms import EvalTransform
 from mm.data.video import video_content
 from mm.encoders import Features
 from mm.evaluators.passes import (
@@ -33,10 +32,10 @@ from mm.models.fused import find_head, read_features
 from mm.models.heads import Head
 
 if TYPE_CHECKING:
+    from mm.data.transforms import EvalTransform, Resizer
     from mm.models.folder import Model
 
 H = TypeVar("H", bound=Head)
-
 
 MOST_SETS = 4  # whose embeddings are in memory
 
@@ -68,18 +67,27 @@ class Images(NamedTuple):
 class Embedder:
     """A model in evaluation mode; sets of images are embedded once however many evaluations use them."""
 
-    def __init__(self, model: "Model", tasks: Mapping[str, Any], store: Store | None = None) -> None:
+    def __init__(
+        self,
+        model: "Model",
+        tasks: Mapping[str, Any],
+        store: Store | None = None,
+        resizer: "Resizer" = "torch",
+    ) -> None:
         self.model = model
         self.tasks = tasks
         self.store = store
+        self.resizer = resizer
         self.towers = model.towers
         self.heads = model.heads
         self._images: dict[tuple[object, ...], Images] = {}
 
-    def transform(self) -> EvalTransform:
+    def transform(self) -> "EvalTransform":
         """How the image tower wants its images."""
+        from mm.data.transforms import EvalTransform  # which takes seconds to import
+
         tower = self.towers.image
-        return EvalTransform(tower.size, tower.resize_mode, tower.interpolation)
+        return EvalTransform(tower.size, tower.resize_mode, tower.interpolation, self.resizer)
 
     def head(self, kind: type[H], name: str | None) -> H:
         """The model's head of a class, by name where it has several. UserError where it has none."""
@@ -133,8 +141,7 @@ class Embedder:
         if self.store is None:
             return pass_over(config, open_set(config), reading, compute, indices)
         transform = reading.transform
-        prepared = (transform.size, transform.resize_mode, transform.interpolation, type(reading).__name__)
-        key = self.store.key(config, *prepared, *depends)
+        key = self.store.key(config, *vars(transform).values(), type(reading).__name__, *depends)
         found = self.store.images(key)
         if found is None:
             found = pass_over(config, open_set(config), reading, compute, indices)
@@ -178,7 +185,7 @@ class EverythingReading(Reading):
     """The image, and as facts its captions, label and numbers where it has some."""
 
     def __init__(
-        self, transform: EvalTransform, views: Views | None = None, corruption: Corruption | None = None
+        self, transform: "EvalTransform", views: Views | None = None, corruption: Corruption | None = None
     ) -> None:
         super().__init__(transform, views)
         self.corruption = corruption
@@ -217,17 +224,20 @@ def mean_of_views(rows: Tensor, views: int) -> Tensor:
 
 @contextmanager
 def embedding(
-    model: "Model", tasks: Mapping[str, Any] | None = None, store: Store | None = None
+    model: "Model",
+    tasks: Mapping[str, Any] | None = None,
+    store: Store | None = None,
+    resizer: "Resizer" = "torch",
 ) -> Iterator[Embedder]:
     """The model in evaluation mode and without gradients; afterwards every module is in the mode it was in.
 
-    tasks: those that it learns, by name. store: where embeddings are kept.
+    tasks: those that it learns, by name. store: where embeddings are kept. resizer: what makes images smaller.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():  # not inference_mode: ZeRO-3 gathers parameters in place
-            yield Embedder(model, tasks or {}, store)
+            yield Embedder(model, tasks or {}, store, resizer)
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -1,6 +1,6 @@
 """Two-image entailment: accuracy and consistency, as NLVR2 counts them."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ from mm import metrics
 from mm.data.decode import BadSample
 from mm.data.questions import pair_images, statement
 from mm.data.shards import Sample
-from mm.data.transforms import EvalTransform
 from mm.encoders.text import Tokenizer
 from mm.errors import UserError
 from mm.evaluators.embedding import Embedder
@@ -19,6 +18,9 @@ from mm.evaluators.passes import Facts, Reading, pass_over, usable
 from mm.evaluators.sets import SetConfig, open_set
 from mm.metrics.bootstrap import sampled
 from mm.models.heads import MatchingHead
+
+if TYPE_CHECKING:
+    from mm.data.transforms import EvalTransform  # which takes seconds to import
 
 
 class EntailmentConfig(SetConfig):
@@ -33,7 +35,7 @@ class EntailmentConfig(SetConfig):
 class _StatementReading(Reading):
     """Both images and the statement; as facts its sentence and label."""
 
-    def __init__(self, transform: EvalTransform, tokenizer: Tokenizer) -> None:
+    def __init__(self, transform: "EvalTransform", tokenizer: Tokenizer) -> None:
         super().__init__(transform)
         self.tokenizer = tokenizer
 

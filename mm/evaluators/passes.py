@@ -8,7 +8,7 @@ The rows then come together in order.
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,13 @@ from mm import distributed
 from mm.data import decode
 from mm.data.clips import Views, clip_views
 from mm.data.shards import Sample
-from mm.data.transforms import EvalTransform
 from mm.data.video import video_of
 from mm.data.workers import handed_over, start_worker, take
 from mm.errors import UserError
 from mm.evaluators.sets import Samples, SetConfig
+
+if TYPE_CHECKING:
+    from mm.data.transforms import EvalTransform  # which takes seconds to import
 
 TIMEOUT_S = 900.0  # for a batch from the workers
 
@@ -41,7 +43,7 @@ def content_id(data: bytes) -> str:
 class Reading:
     """Sample -> image, or clips of its video, and facts, in the workers. Base of what reads more of a sample."""
 
-    def __init__(self, transform: EvalTransform, views: Views | None = None) -> None:
+    def __init__(self, transform: "EvalTransform", views: Views | None = None) -> None:
         """Without views it reads images."""
         self.transform = transform
         self.views = views

@@ -2,7 +2,7 @@
 
 FOLDER/MODEL/texts/*.safetensors      digests (N, 16) and rows (N, D)
 FOLDER/MODEL/images/KEY.safetensors   rows (N, D), and the facts of the samples as JSON
-FOLDER/digests.json                   of shards, by path, size and time of change
+FOLDER/digests.json                   of shards and models, see `Memory`
 
 MODEL and KEY are hashes. A file is there whole or not at all, so several programs may share a folder; a damaged one is
 computed again, and where nothing can be written nothing is kept. Rank 0 alone reads and writes.
@@ -13,7 +13,6 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from mm.data.catalog import read_catalog
 from mm.data.folders import FolderSet
 from mm.data.remote import is_remote
 from mm.errors import UserError
+from mm.evaluators.memory import Memory, stamp
 from mm.evaluators.sets import SetConfig, located
 from mm.files import write_atomically
 
@@ -164,34 +164,18 @@ def digest(config: SetConfig, memory: Path | None = None) -> str:
     if isinstance(found, FolderSet):
         return found.digest()
     catalog = read_catalog(found)
-    path = None if memory is None else memory.expanduser() / "digests.json"
-    try:
-        known: dict[str, str] = json.loads(path.read_bytes()) if path else {}
-    except (OSError, ValueError):
-        known = {}
-    before = len(known)
     parts = []
-    for shard, name in enumerate(catalog.paths):
-        about = None if is_remote(name) else os.stat(name)
-        where = os.path.abspath(name) if about else name
-        size = None if catalog.sizes is None else int(catalog.sizes[shard])
-        stamp = json.dumps([where, *([about.st_size, about.st_mtime_ns] if about else [size])])
-        if stamp not in known:
-            known[stamp] = _hash_file(where).hex() if about else _hash(stamp.encode()).hex()
-        parts.append(known[stamp])
-    if path and len(known) > before:
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(known).encode())
+    with Memory(memory) as known:
+        for shard, name in enumerate(catalog.paths):
+            if is_remote(name):
+                size = None if catalog.sizes is None else int(catalog.sizes[shard])
+                parts.append(_hash(json.dumps([name, size]).encode()).hex())
+                continue
+            about = stamp(name)
+            if about not in known:
+                known[about] = _hash_file(name).hex()
+            parts.append(known[about])
     return _hash(json.dumps(parts).encode()).hex()
-
-
-def make_store(folder: Path | None, model: "Model", conditions: Sequence[object]) -> tuple[str, Store | None]:
-    """The hash of a model, and where its embeddings are kept; None for no folder."""
-    if folder is not None and folder.expanduser().exists() and not folder.expanduser().is_dir():
-        raise UserError(f"cache={folder} is not a folder; name another, or cache=null")
-    name = model_hash(model)
-    return name, None if folder is None else Store(folder, name, conditions)
 
 
 def _load(path: Path) -> dict[str, Tensor] | None:
