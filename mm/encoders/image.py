@@ -197,15 +197,15 @@ def build_image_encoder(config: ImageConfig) -> ImageEncoder:
 
 def image_encoder(spec: dict[str, Any]) -> ImageEncoder:
     """The encoder of a `spec`, with random weights: needs no file and no network."""
-    from mm.encoders.open_clip import OpenClipImageEncoder
-    from mm.encoders.transformers_clip import TransformersImageEncoder
+    if spec["kind"] == "open_clip":
+        from mm.encoders.open_clip import OpenClipImageEncoder
 
-    kinds: dict[str, type[ImageEncoder]] = {
-        "timm": TimmEncoder,
-        "open_clip": OpenClipImageEncoder,
-        "transformers": TransformersImageEncoder,
-    }
-    return kinds[spec["kind"]](spec)  # type: ignore[call-arg,arg-type]
+        return OpenClipImageEncoder(spec)
+    if spec["kind"] == "transformers":
+        from mm.encoders.transformers_clip import TransformersImageEncoder
+
+        return TransformersImageEncoder(spec)
+    return TimmEncoder(spec)
 
 
 def _build_timm(config: ImageConfig) -> TimmEncoder:

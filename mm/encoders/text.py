@@ -180,10 +180,10 @@ def text_encoder(spec: dict[str, Any], tokenizer_folder: Path) -> TextEncoder:
 
     Raises UserError where the tokenizer is not there.
     """
-    from mm.encoders.open_clip import OpenClipTextEncoder, load_tokenizer
-
     try:
         if spec["kind"] == "open_clip":
+            from mm.encoders.open_clip import OpenClipTextEncoder, load_tokenizer
+
             return OpenClipTextEncoder(spec, load_tokenizer(spec, tokenizer_folder))
         words = Tokenizer(hf_tokenizer(str(tokenizer_folder)), spec["context_length"])
     except OSError as error:  # transformers takes a folder that is not there for a hub's name
