@@ -36,14 +36,20 @@ hypothesis.settings.load_profile("mm")
 BUDGET_S = 15 * 60
 # begun first, so that no process is left with a long file at the end while the others are idle
 LONGEST = (
-    "pretrain",
     "finetune",
-    "finetune_video",
-    "video_tasks",
+    "pretrain",
     "demo",
-    "vqa_controls",
     "chaos",
+    "export_onnx",
+    "hostile",
+    "damage",
     "checkpoint",
+    "vqa_controls",
+    "video_tasks",
+    "finetune_video",
+    "export",
+    "fusion",
+    "stream",
     "contributing",
 )
 _started = time.perf_counter()

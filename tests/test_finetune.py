@@ -23,7 +23,7 @@ from mm.models.folder import save_model
 from mm.models.fused import Fused
 from mm.tasks.retrieval import RetrievalTask
 from tests import tiny
-from tests.dist import finish, start_program
+from tests.dist import finish, launch_program, start_program
 from tests.test_open_clip_towers import CLIP
 from tests.test_pretrain import events, losses
 from train import finetune
@@ -52,7 +52,7 @@ def arguments(root, config, place, *more, out):
     return [
         f"configs/debug/{config}.yaml", "make=null", "image={}", f"model={root}/pretrained",
         f"data.shards={root}/{place}",
-        "data.workers=1", "samples=256", "batch=32", "optim.warmup=32", "checkpoint.every=64", "evaluate.every=128",
+        "data.workers=0", "samples=256", "batch=32", "optim.warmup=32", "checkpoint.every=64", "evaluate.every=128",
         "log.every=1", "log.tensorboard=false", f"out={out}", *more,
     ]  # fmt: skip
 
@@ -79,14 +79,16 @@ def weights(run):
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
+    """Without the curves of the report, which take longer to draw than to train; `whole` has them."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("mm.report.page.plot", lambda *_, **__: "")
 
 
 @pytest.fixture(scope="module")
 def whole(root, tmp_path_factory):
     """A VQA run from start to end without a disturbance."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    return run, finish(program(*vqa(root, run)))
+    return run, finish(launch_program("train.finetune", *vqa(root, run, "data.workers=1")))
 
 
 def test_a_run_leaves_a_model_that_answers(whole, root):
@@ -117,7 +119,7 @@ def test_evaluating_the_run_afterwards_gives_the_figures_it_ended_with(whole, ro
 def test_a_killed_run_ends_with_the_very_weights(whole, root, tmp_path):
     run, _ = whole
     killed = tmp_path / "killed"
-    process = program(*vqa(root, killed), start_new_session=True)
+    process = program(*vqa(root, killed, "data.workers=1"))
     deadline = time.monotonic() + 120
     while not (killed / "checkpoints" / "step_00000004").exists() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -134,7 +136,8 @@ def test_two_ranks_are_one_process_and_either_goes_on_with_the_other(root, tmp_p
     two = tmp_path / "two"
     dropout = "task.fusion.dropout=0"  # which is drawn for each rank
     finetune.main(vqa(root, tmp_path / "one", dropout))
-    finish(program(*vqa(root, two, dropout, "engine.zero_stage=3", "engine.persist_below=0"), ranks=2))
+    partitioned = ("engine.zero_stage=3", "engine.persist_below=0", "data.workers=1")
+    finish(program(*vqa(root, two, dropout, *partitioned), ranks=2))
     before, after = losses(tmp_path / "one"), losses(two)
     assert max(abs(before[step] - after[step]) for step in before) < 1e-4
     for later in sorted((two / "checkpoints").glob("step_*"))[1:]:

@@ -75,7 +75,7 @@ def test_a_run_leaves_a_model_that_classifies_videos(whole):
 def test_a_killed_run_ends_with_the_very_weights(whole, root, tmp_path):
     run, _ = whole
     killed = tmp_path / "killed"
-    process = program(*arguments(root, killed), start_new_session=True)
+    process = program(*arguments(root, killed))
     deadline = time.monotonic() + 120
     while not (killed / "checkpoints" / "step_00000002").exists() and process.poll() is None:
         assert time.monotonic() < deadline

@@ -44,7 +44,7 @@ def test_use_counts_stay_together(order: Order) -> None:
         assert max(uses.values()) - min(uses.values()) <= 1
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(orders(), st.integers(0, 10**12))
 def test_replacements_are_the_rest_of_the_block_and_then_others(order: Order, g: int) -> None:
     found = []

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mm
-from eval import suite
+from eval import models, suite
 from mm import checkpoint
 from mm.config import load
 from mm.data import make
@@ -22,7 +22,7 @@ from mm.data.shards import ShardSet
 from mm.data.writer import ShardWriter
 from mm.errors import UserError
 from mm.evaluators import FIGURES
-from tests.dist import finish, start_program
+from tests.dist import finish, launch_program, start_program
 from tests.shard_server import serving
 from train import pretrain
 
@@ -81,7 +81,7 @@ def weights(run):
 def whole(tiny, tmp_path_factory):
     """A run from start to end without a disturbance."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    output = finish(program(*tiny, f"out={run}"))
+    output = finish(launch_program("train.pretrain", *tiny, f"out={run}"))
     return run, output
 
 
@@ -131,8 +131,8 @@ def test_a_checkpoint_is_evaluated_like_the_model(whole, data, tmp_path):
         suite.main([sets, f"model={place}", f"out={tmp_path}/{name}.json"])
         figures[name] = json.loads((tmp_path / f"{name}.json").read_text())["figures"]["c"]
     assert figures["last"] == figures["run"]
-    assert suite.results_folder(str(places["before"])) == run / "eval"
-    earlier, later = (suite.load(str(places[name])).state_dict() for name in ("before", "last"))
+    assert models.results_folder(str(places["before"])) == run / "eval"
+    earlier, later = (models.load(str(places[name])).state_dict() for name in ("before", "last"))
     assert any(not torch.equal(earlier[name], later[name]) for name in later)
 
 
@@ -165,9 +165,8 @@ def test_killed_and_started_again_ends_with_the_same_bits(whole, tiny, tmp_path)
 def test_two_ranks_under_torchrun_learn_the_same_and_one_rank_goes_on(tiny, tmp_path):
     run, alone = tmp_path / "two", tmp_path / "one"
     tiny = [*tiny, "model.text.dropout=0"]  # which is drawn for each rank
-    processes = [program(*tiny, f"out={alone}"), program(*tiny, f"out={run}", "engine.zero_stage=2", ranks=2)]
-    for process in processes:
-        finish(process)
+    finish(program(*tiny, f"out={alone}"))
+    finish(launch_program("train.pretrain", *tiny, f"out={run}", "engine.zero_stage=2", ranks=2))
     one, two = losses(alone), losses(run)
     assert one.keys() == two.keys()
     assert max(abs(one[step] - two[step]) for step in one) < 1e-5
@@ -273,7 +272,7 @@ def test_samples_that_cannot_be_used_are_replaced_and_listed(tiny, data, tmp_pat
 
 def test_ctrl_c_ends_with_one_line_and_the_run_goes_on_later(tiny, tmp_path):
     run = tmp_path / "run"
-    process = program(*tiny, f"out={run}", "samples=6400", "checkpoint.every=96", start_new_session=True)
+    process = program(*tiny, f"out={run}", "samples=6400", "checkpoint.every=96")
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "step_00000003").exists() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -287,7 +286,7 @@ def test_ctrl_c_ends_with_one_line_and_the_run_goes_on_later(tiny, tmp_path):
 
 def test_two_jobs_cannot_train_in_one_folder(tiny, tmp_path):
     run = tmp_path / "run"
-    first = program(*tiny, f"out={run}", "samples=64000", start_new_session=True)
+    first = program(*tiny, f"out={run}", "samples=64000")
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() and first.poll() is None:
         assert time.monotonic() < deadline

@@ -20,7 +20,7 @@ from mm.tasks.registry import TASKS
 from mm.tasks.vqa import VqaTaskConfig
 from tests.tiny import given
 
-STEPS, BATCH = 250, 64
+STEPS, BATCH, RATE = 150, 64, 6e-3
 MARGIN = 0.1
 PACKAGES = {
     "image": {
@@ -71,7 +71,7 @@ def questions(tmp_path_factory):
     options = {
         "of_each_kind": 8,
         "size": 96,
-        "train": 700,
+        "train": 500,
         "val": 40,
         "test": 160,
         "pairs_train": 0,
@@ -105,8 +105,8 @@ def accuracy(questions, towers, read, modalities, seed):
     train, test = read["train"], read["test"]
     seen = train.features(torch.arange(512))
     head.measure({name: seen[name] for name in modalities})
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.05)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS, pct_start=0.1)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=0.05)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
     for _ in range(STEPS):
         rows = torch.randint(len(train.items), (BATCH,))
         model = SimpleNamespace(
