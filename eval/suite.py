@@ -142,7 +142,7 @@ def evaluate_sets(
     found: dict[str, SetResult] = {}
     failed: dict[str, str] = {}
     for number, (name, one) in enumerate(config.sets.items(), 1):
-        note(f"[{number}/{len(config.sets)}] {name} ... ", end="")
+        place = f"[{number}/{len(config.sets)}] {name}:"  # said when it is done: progress is drawn meanwhile
         try:
             result = evaluate_set(opened, config, folder, name, one, about)
         except (UserError, Failure) as error:  # of all ranks alike
@@ -152,11 +152,11 @@ def evaluate_sets(
                 raise  # the others may be elsewhere
             failed[name] = f"{type(error).__name__}: {error}"
         if name in failed:
-            note(f"failed: {failed[name]}")
+            note(f"{place} failed: {failed[name]}")
         elif result is not None:
             found[name] = result
             value = result.figures[result.main]
-            note(f"{label(result.main)} {value:.4f} ({result.seconds:.1f} s)")
+            note(f"{place} {label(result.main)} {value:.4f} ({result.seconds:.1f} s)")
     return found, failed
 
 
@@ -250,10 +250,10 @@ def precision(name: str) -> Any:
     return torch.autocast(distributed.device().type, dtype=torch.bfloat16)
 
 
-def note(text: str, end: str = "\n") -> None:
+def note(text: str) -> None:
     """Say how far the suite is, once."""
     if distributed.is_main():
-        print(text, end=end, flush=True)
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

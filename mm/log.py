@@ -10,14 +10,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from pydantic import Field
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from mm import progress
 from mm.config import Config
 from mm.errors import UserError
 from mm.files import write_atomically
-
-_console = Console(highlight=False, markup=False, soft_wrap=True)
+from mm.progress import Progress, duration, figures
 
 
 class LogConfig(Config):
@@ -52,7 +50,7 @@ class Log:
         self.every = every
         self._enabled = enabled
         self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._last = ""
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not enabled:
@@ -94,24 +92,22 @@ class Log:
         """
         if not self._enabled:
             return
-        if _console.is_terminal:
+        left = (total - samples) / samples_per_s if samples_per_s > 0 else math.inf
+        eta = f"ETA {duration(left)}"
+        self._last = figures(samples, total, "samples", samples_per_s, data_wait, eta, f"loss {loss:.4f}")
+        if progress.terminal() is progress.console:
             if self._bar is None:
-                self._bar = _live_bar()
-                self._task = self._bar.add_task("", total=total, completed=samples, figures="")
-            figures = f"loss {loss:.4f}  {samples_per_s:,.0f} samples/s  data wait {data_wait:.0%}"
-            self._bar.update(self._task, completed=samples, figures=figures)
+                self._bar = Progress("training", total, done=samples, quiet_s=0).start()
+            self._bar.to(samples, self._last)
         elif step % self.every == 0 or samples >= total:
-            left = (total - samples) / samples_per_s if samples_per_s > 0 else math.inf
-            message(
-                f"step {step}  {samples:,}/{total:,} samples  loss {loss:.4f}  "
-                f"{samples_per_s:,.0f} samples/s  data wait {data_wait:.0%}  ETA {duration(left)}"
-            )
+            message(f"step {step}  {self._last}")
 
     def close(self) -> None:
         """End the live bar and write out what is buffered; further calls are an error."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            message(self._last)
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -131,18 +127,9 @@ class Log:
 def message(text: str) -> None:
     """A line for a human on the console, from rank 0 alone; a live bar stays below it."""
     if os.environ.get("RANK", "0") == "0":
-        _console.print(text)
-        if not _console.is_terminal:
+        progress.console.print(text)
+        if not progress.console.is_terminal:
             sys.stdout.flush()
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`; `unknown` when infinite."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def cut(path: Path, step: int) -> None:
@@ -189,18 +176,6 @@ def _scalars(fields: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
             yield from _scalars(value, f"{prefix}/{key}")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}/{key}", float(value)
-
-
-def _live_bar() -> Progress:
-    bar = Progress(
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} samples"),
-        BarColumn(),
-        TextColumn("{task.fields[figures]}  ETA"),
-        TimeRemainingColumn(),
-        console=_console,
-    )
-    bar.start()
-    return bar
 
 
 def _start_wandb(project: str, folder: Path) -> Any:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-import mm.log
+import mm.progress
 from mm.errors import UserError
-from mm.log import Log, cut, duration, message
+from mm.log import Log, cut, message
 
 
 def lines(folder: Path) -> list[dict[str, object]]:
@@ -86,7 +86,7 @@ def test_plain_progress_every_few_steps_and_at_the_end(
 def test_live_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120, markup=False, highlight=False)
-    monkeypatch.setattr(mm.log, "_console", terminal)
+    monkeypatch.setattr(mm.progress, "console", terminal)
     with Log(tmp_path, every=100, tensorboard=False) as log:
         for step in range(1, 4):
             log.progress(step, 1000 * step, 3000, loss=1.25, samples_per_s=50.0, data_wait=0.5)
@@ -116,11 +116,3 @@ def test_cut_keeps_the_history_of_the_checkpoint(
 def test_cut_leaves_a_missing_file_missing(tmp_path: Path) -> None:
     cut(tmp_path / "bad_samples.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(3.2, "0:03"), (63, "1:03"), (3723, "1:02:03"), (math.inf, "unknown"), (59.6, "1:00")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

@@ -28,6 +28,7 @@ LIBRARIES = {
 KNOWS = {
     "mm.errors": (),
     "mm.files": (),
+    "mm.progress": (),
     "mm.config": ("mm.config", "mm.errors"),
     "mm.distributed": ("mm.errors",),
     "mm.losses": ENCODERS,
@@ -44,8 +45,17 @@ KNOWS = {
         "mm.data.clips",
         "mm.data.video",
     ),
-    "mm.data.curation": (*BASE, "mm.files", "mm.data", "mm.log", "mm.program", "mm.models", "mm.report"),
-    "mm.data": (*BASE, "mm.files", "mm.data", "mm.log", "mm.program", "mm.metrics"),
+    "mm.data.curation": (
+        *BASE,
+        "mm.files",
+        "mm.data",
+        "mm.log",
+        "mm.progress",
+        "mm.program",
+        "mm.models",
+        "mm.report",
+    ),
+    "mm.data": (*BASE, "mm.files", "mm.data", "mm.log", "mm.progress", "mm.program", "mm.metrics"),
     "mm.tasks": TASKS,
 }
 TORCH_ONLY = ("mm.losses", "mm.metrics", "mm.fusion", "mm.encoders")

@@ -21,6 +21,7 @@ from mm.models.folder import Model, save_model
 from mm.optim import OptimConfig, learning_rates, parameter_groups, rate_delays
 from mm.report import ReportConfig
 from mm.run import BAD_SAMPLES, METRICS, check_same_stream
+from mm.runs import here
 from mm.tasks.task import Task
 from train.loop import CheckpointConfig, EvaluationConfig, Figures, Loop, Schedule, figure
 
@@ -72,8 +73,8 @@ class RunConfig(Config):
             raise ValueError(
                 f"report.gallery: {gallery!r} names no evaluation of `sets`: {_known(self.sets)}"
             )
-        if gallery and self.sets[gallery].kind != "retrieval":
-            raise ValueError(f"report.gallery={gallery!r} is no retrieval set")
+        if gallery and self.sets[gallery].kind not in ("retrieval", "vqa"):
+            raise ValueError(f"report.gallery={gallery!r} is no set of retrieval or questions")
         return self
 
     @model_validator(mode="after")
@@ -196,6 +197,7 @@ def train(
         for record in (METRICS, BAD_SAMPLES):
             cut(run / record, state.step if latest else -1)
     with Log(run, **config.log.model_dump(), enabled=distributed.is_main(), start=state.step) as log:
+        log.event("process", state.step, state.samples, **here())
         message(describe(stream, state))
         for warning in [*engine.notes, *stream.warnings, *warnings]:
             message(f"warning: {warning}")
@@ -203,7 +205,7 @@ def train(
             log.event("eval", 0, 0, figures=evaluate_all())
         started = time.perf_counter()
         log.event("start", state.step, state.samples, ranks=distributed.world_size())
-        Loop(
+        loop = Loop(
             run,
             engine,
             stream,
@@ -220,7 +222,12 @@ def train(
             max_bad=max_bad,
             samples_beside=samples_beside,
             patience=config.evaluate.patience,
-        )()
+        )
+        try:
+            loop()
+        except Exception as error:
+            log.event("failed", state.step, state.samples, error=str(error) or type(error).__name__)
+            raise
         coverage = stream.coverage(state.samples)
         covered = {"coverage": coverage} if len(coverage) > 1 else {}
         log.event("end", state.step, state.samples, seconds=time.perf_counter() - started, **covered)
@@ -244,7 +251,7 @@ def try_sets(model: Model, config: RunConfig, tasks: Mapping[str, Task] | None) 
 def finish(config: RunConfig, run: Path, engine: Engine, model: Model) -> None:
     """Write the report of a run that has ended, and say what is where. Collective."""
     with engine.evaluating():
-        gallery = report.gallery(model.towers, config.sets, config.report)
+        gallery = report.gallery(model, config.sets, config.report)
     if distributed.is_main():
         page = report.write(run, gallery)
         report.show(run)

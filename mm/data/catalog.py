@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from mm.data.remote.fetch import list_shards, read_small
 from mm.data.remote.transport import shown
 from mm.errors import UserError
 from mm.files import write_atomically
+from mm.progress import watched
 
 SIZES = "sizes.json"
 LARGEST_TABLE = 2**30  # bytes
@@ -257,7 +257,8 @@ def index_shards(
     counts = dict(_counted([path for path in paths if not is_remote(path)], write))
     cache = Cache(remote)
     with ThreadPoolExecutor(remote.downloads) as pool:
-        counts.update(zip(behind, pool.map(cache.count, behind), strict=True))
+        counted = watched(pool.map(cache.count, behind), "counting", len(behind), "shards")
+        counts.update(zip(behind, counted, strict=True))
     if write:
         folders: dict[str, dict[str, int]] = {}
         for path, count in counts.items():
@@ -268,27 +269,19 @@ def index_shards(
 
 
 def _counted(paths: list[str], write: bool) -> Iterator[tuple[str, int]]:
-    """Path and samples of shards, the shards read in parallel; a bar on a terminal."""
+    """Path and samples of shards, the shards read in parallel."""
     processes = min(len(os.sched_getaffinity(0)), len(paths) // 4, 32)
     one = partial(_index_one, write=write)
     if processes < 2 or multiprocessing.current_process().daemon:  # which may have no children
-        yield from _watched(zip(paths, map(one, paths), strict=True), len(paths))
+        yield from watched(zip(paths, map(one, paths), strict=True), "indexing", len(paths), "shards")
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
         try:
-            yield from _watched(zip(paths, pool.map(one, paths, chunksize=4), strict=True), len(paths))
+            done = zip(paths, pool.map(one, paths, chunksize=4), strict=True)
+            yield from watched(done, "indexing", len(paths), "shards")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _watched(done: Iterable[tuple[str, int]], total: int) -> Iterable[tuple[str, int]]:
-    if not sys.stderr.isatty():
-        return done
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(done, "indexing", total, console=Console(stderr=True), transient=True)
 
 
 def _index_one(path: str, write: bool) -> int:

@@ -30,6 +30,7 @@ from mm.evaluators.sets import SetConfig, ViewsConfig, open_set
 from mm.evaluators.store import Store
 from mm.models.fused import find_head, read_features
 from mm.models.heads import Head
+from mm.progress import Progress
 
 if TYPE_CHECKING:
     from mm.data.transforms import EvalTransform, Resizer
@@ -171,14 +172,18 @@ class Embedder:
 
     def _encoded(self, texts: Sequence[str], batch: int) -> Tensor:
         sizes = batch_sizes(len(texts), batch)
+        progress = Progress("texts", len(texts), "texts")
 
         def rows() -> Iterator[Tensor]:
-            for j in own_batches(len(sizes)):
+            for done, j in enumerate(own_batches(len(sizes))):
+                progress.to(done * batch * distributed.world_size())
                 input_ids, mask = self.towers.token_ids(texts[j * batch : (j + 1) * batch])
                 device = distributed.device()
                 yield self.towers(input_ids=input_ids.to(device), mask=mask.to(device)).text
+            progress.to(len(texts))
 
-        return in_order(rows(), sizes)
+        with progress:
+            return in_order(rows(), sizes)
 
 
 class EverythingReading(Reading):

@@ -18,11 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 from mm import distributed
 from mm.data import decode
 from mm.data.clips import Views, clip_views
+from mm.data.remote.transport import shown
 from mm.data.shards import Sample
 from mm.data.video import video_of
 from mm.data.workers import handed_over, start_worker, take
 from mm.errors import UserError
 from mm.evaluators.sets import Samples, SetConfig
+from mm.progress import Progress
 
 if TYPE_CHECKING:
     from mm.data.transforms import EvalTransform  # which takes seconds to import
@@ -113,17 +115,23 @@ def pass_over(
         generator=torch.Generator(),  # the default one belongs to training
     )
     seen: dict[int, list[Facts]] = {}
+    progress = Progress(_name(config), len(indices))
+    at_once = config.batch * distributed.world_size()
 
     def rows() -> Iterator[Tensor]:
-        for j, (batch, facts) in zip(own, take(loader, TIMEOUT_S), strict=True):
+        batches = progress.waits(take(loader, TIMEOUT_S))
+        for done, (j, (batch, facts)) in enumerate(zip(own, batches, strict=True)):
+            progress.to(done * at_once)
             on_device = {
                 key: value.to(distributed.device(), non_blocking=True) for key, value in batch.items()
             }
             result = compute(on_device, facts)
             seen[j] = facts if keep_facts else [fact for fact in facts if "read" in fact["problems"]]
             yield result
+        progress.to(len(indices))
 
-    together = in_order(rows(), batch_sizes(len(indices), config.batch))
+    with progress:
+        together = in_order(rows(), batch_sizes(len(indices), config.batch))
     for other in distributed.gather_objects(list(seen.items())):
         seen.update(other)
     facts = [fact for j in range(len(dataset)) for fact in seen[j]]
@@ -133,6 +141,12 @@ def pass_over(
                 f"sample {fact['key'] or fact['index']} cannot be read: {fact['problems']['read']}"
             )
     return together, facts
+
+
+def _name(config: SetConfig) -> str:
+    """A set for a person: the end of its path."""
+    first = config.data if isinstance(config.data, str) else config.data[0]
+    return "/".join(shown(first).rstrip("/").split("/")[-2:])
 
 
 def usable(facts: Sequence[Facts], *fields: str) -> list[int]:

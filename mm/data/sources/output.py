@@ -18,6 +18,7 @@ from pydantic import Field
 from mm.config import Config
 from mm.data.lines import write_lines
 from mm.errors import UserError
+from mm.progress import watched
 
 T = TypeVar("T")
 MARKER = "source.json"
@@ -185,10 +186,5 @@ def write_evaluation_set(
 
 
 def progress(items: Sequence[T], what: str) -> Iterable[T]:
-    """The items, with a bar on a terminal."""
-    if not sys.stderr.isatty():
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, what, console=Console(stderr=True), transient=True)
+    """The items, and how many of them are done."""
+    return watched(items, what, len(items))
