@@ -1,10 +1,8 @@
 """Which models differ, set by set: `python -m eval.compare RESULTS RESULTS ... [key=value ...]`.
 
 RESULTS: what `eval.suite` wrote of a model: its NAME.json, or the run folder. The first is what the others are compared
-with. Of every set that all have, the figure by which it is quoted (or `figures`) is compared on the same samples by the
-paired bootstrap: units of samples are drawn with replacement, the same for both models, and the difference is taken
-(Efron and Tibshirani 1993; for such sets Koehn 2004). p is two-sided; significant is what stays below `level` after
-Holm's correction for all comparisons that are shown (Holm 1979), since of twenty true zeros one would be below 0.05.
+with, as `mm.report.significance` says: of every set that all have, the figure by which it is quoted (or `figures`), on
+the same samples, by the paired bootstrap, with Holm's correction for all comparisons that are shown.
 
 Prints a table, and writes it with `out=FILE`: .md, .csv, or .json with every number in full.
 """
@@ -12,11 +10,10 @@ Prints a table, and writes it with `out=FILE`: .md, .csv, or .json with every nu
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 from rich.table import Table
 
@@ -24,9 +21,9 @@ from eval import results
 from mm import program
 from mm.config import Config, parse
 from mm.errors import UserError
-from mm.metrics.bootstrap import Sampled, interval, p_value, resampled
 from mm.report.console import show_table
 from mm.report.figures import label, shown
+from mm.report.significance import LEVEL, RESAMPLES, Comparison, compare, holm, signed
 
 WRITERS = (".md", ".csv", ".json")
 
@@ -41,35 +38,14 @@ class CompareConfig(Config):
     figures: tuple[str, ...] = ()
     """Figures that are compared in every set that has them, such as [accuracy, mean_per_class]; none: the one by which
     the set is quoted; [all]: every one."""
-    level: float = Field(0.05, gt=0, lt=1)
+    level: float = Field(LEVEL, gt=0, lt=1)
     """Chance of a false alarm among all comparisons together."""
-    resamples: int = Field(10_000, ge=100)
+    resamples: int = Field(RESAMPLES, ge=100)
     """Of the bootstrap; p is at least 2 / (resamples + 1)."""
     seed: int = 0
     """Of the bootstrap."""
     out: Path | None = None
     """Write the table to this file: .md, .csv or .json."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A figure of a set of two models, on the samples that both have."""
-
-    set: str
-    figure: str
-    model: str
-    """The other one."""
-    units: int
-    """Common units of samples that were drawn."""
-    first: float
-    other: float
-    difference: float
-    """The other's figure less the first's."""
-    low: float
-    high: float
-    """95% interval of the difference."""
-    p: float
-    significant: bool = False
 
 
 def main(argv: list[str]) -> None:
@@ -79,7 +55,8 @@ def main(argv: list[str]) -> None:
             f"out={config.out}: a table is written as {', '.join(WRITERS)}, by the end of the name"
         )
     paths = find(config.runs, config.name)
-    rows, notes = compare(paths, config)
+    rows, notes = compare(paths, config.figures, config.resamples, config.seed)
+    rows = holm(rows, config.level)
     for note in notes:
         print(f"note: {note}")
     show_table(table(rows, paths))
@@ -123,96 +100,6 @@ def find(runs: Sequence[Path], name: str | None) -> list[Path]:
     return paths
 
 
-def compare(paths: Sequence[Path], config: CompareConfig) -> tuple[list[Comparison], list[str]]:
-    """All comparisons with the first, and what the reader should know."""
-    found = [results.read(path) for path in paths]
-    sets = [name for name in found[0]["sets"] if all(name in one["sets"] for one in found)]
-    notes = [
-        f"{name} is not among the sets of all results"
-        for name in dict.fromkeys(name for one in found for name in one["sets"])
-        if name not in sets
-    ]
-    if not sets:
-        raise UserError(
-            "the results have no set in common: evaluate the models with the same config of eval.suite"
-        )
-    rows = []
-    for name in sets:
-        about = [one["sets"][name] for one in found]
-        samples = [results.read_samples(path.with_suffix(""), name) for path in paths]
-        for other in range(1, len(found)):
-            if about[other]["data_hash"] != about[0]["data_hash"]:
-                notes.append(
-                    f"{name}: {paths[other]} read other samples than {paths[0]}; the common ones are compared"
-                )
-            figures = wanted(config.figures, about[0]["main"], samples[0][0], samples[other][0])
-            pair = paired(samples[0], samples[other], figures)
-            if pair is None:
-                notes.append(f"{name}: no samples in common")
-                continue
-            first, second, units = pair
-            draws = [resampled(one, units, config.resamples, config.seed) for one in (first, second)]
-            for figure in figures:
-                differences = draws[1][figure] - draws[0][figure]
-                values = first[figure].value, second[figure].value
-                rows.append(
-                    Comparison(
-                        name,
-                        figure,
-                        str(paths[other]),
-                        units,
-                        *values,
-                        values[1] - values[0],
-                        *interval(differences),
-                        p_value(differences),
-                    )
-                )
-    if not rows:
-        raise UserError("; ".join(notes) or "no figure is in all results")
-    return holm(rows, config.level), notes
-
-
-def wanted(asked: Sequence[str], main: str, *samples: dict[str, Sampled]) -> list[str]:
-    """Figures of a set that are compared, of those that all have."""
-    common = [name for name in samples[0] if all(name in one for one in samples)]
-    if tuple(asked) == ("all",):
-        return common
-    return [name for name in (asked or [main]) if name in common]
-
-
-def paired(
-    a: tuple[dict[str, Sampled], list[str]], b: tuple[dict[str, Sampled], list[str]], figures: Sequence[str]
-) -> tuple[dict[str, Sampled], dict[str, Sampled], int] | None:
-    """Figures of both on the units that both have, numbered alike; None where they have none in common."""
-    place = {key: i for i, key in enumerate(b[1])}
-    common = [key for key in a[1] if key in place]
-    if not common or not figures:
-        return None
-    number = {key: i for i, key in enumerate(common)}
-
-    def kept(samples: dict[str, Sampled], units: list[str]) -> dict[str, Sampled]:
-        new = np.array([number.get(key, -1) for key in units], dtype=np.int64)
-        found = {}
-        for figure in figures:
-            one = samples[figure]
-            unit = new[one.unit]
-            found[figure] = Sampled(one.statistic, one.values[unit >= 0], unit[unit >= 0])
-        return found
-
-    return kept(*a), kept(*b), len(common)
-
-
-def holm(rows: Sequence[Comparison], level: float) -> list[Comparison]:
-    """The same rows, those marked that Holm's step-down procedure rejects at `level`."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i].p)
-    rejected = set()
-    for step, i in enumerate(order):
-        if rows[i].p > level / (len(rows) - step):
-            break
-        rejected.add(i)
-    return [Comparison(**asdict(row) | {"significant": i in rejected}) for i, row in enumerate(rows)]
-
-
 def table(rows: Sequence[Comparison], paths: Sequence[Path]) -> Table:
     """For the terminal."""
     grid = Table(*HEADS, box=None, title=f"compared with {paths[0]}")
@@ -238,7 +125,7 @@ HEADS = (
 
 def cells(row: Comparison) -> list[str]:
     """The row as text."""
-    difference, low, high = (_signed(row.figure, value) for value in (row.difference, row.low, row.high))
+    difference, low, high = (signed(row.figure, value) for value in (row.difference, row.low, row.high))
     return [
         row.set,
         label(row.figure),
@@ -271,12 +158,6 @@ def text(rows: Sequence[Comparison], paths: Sequence[Path], form: str) -> bytes:
     lines = [HEADS, ["---"] * len(HEADS), *map(cells, rows)]
     said = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"Compared with `{paths[0]}`.\n\n{said}\n".encode()
-
-
-def _signed(figure: str, value: float) -> str:
-    """In points, where the figure is a share."""
-    said = shown(figure, abs(value)).rstrip("%")
-    return f"{'-' if value < 0 else '+'}{said}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an evaluation leaves on the disk, and reading it again.
+"""What an evaluation leaves on the disk. `mm.report` reads it again (`suites`, `significance`).
 
 NAME.json                      figures with their intervals, and what they were made of; see `eval.suite`
 NAME/SET.json                  the same of one set, with its tables: classes, confusions, groups, calibration, mistakes
@@ -17,17 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from mm.errors import UserError
 from mm.evaluators import Outcome
 from mm.files import write_atomically
-from mm.metrics.bootstrap import Sampled
-
-FORMAT = 2
-SAMPLES = ".samples.safetensors"
-UNITS = "units"  # in a file of samples: the keys of the units, as JSON
+from mm.report.significance import FORMAT as FORMAT
+from mm.report.suites import SAMPLES, UNITS
 
 
 @dataclass(frozen=True)
@@ -73,37 +69,6 @@ def read_set(folder: Path, name: str) -> SetResult | None:
         return SetResult(**found) if (folder / f"{name}{SAMPLES}").is_file() else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def read_samples(folder: Path, name: str) -> tuple[dict[str, Sampled], list[str]]:
-    """What the figures of a set rest on, and the keys of its units. UserError where that cannot be read."""
-    path = folder / f"{name}{SAMPLES}"
-    try:
-        tensors = load_file(path)
-        units = json.loads(tensors[UNITS].numpy().tobytes())
-        found = {}
-        for key, values in tensors.items():
-            figure, _, statistic = key.rpartition("|")
-            if figure and statistic != "unit":
-                unit = tensors[f"{figure}|unit"].numpy().astype(np.int64)
-                found[figure] = Sampled(statistic, values.numpy().astype(np.float64), unit)
-        return found, units
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): it comes with the results of eval.suite; evaluate again"
-        ) from None
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The results of a suite. UserError for what is none."""
-    try:
-        found = json.loads(path.read_bytes())
-        form = found["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no results of eval.suite: {error}") from None
-    if form != FORMAT:
-        raise UserError(f"{path} is of format {form}; this version reads {FORMAT}: evaluate again")
-    return dict(found)
 
 
 def signature(*parts: Any) -> str:

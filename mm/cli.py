@@ -17,8 +17,11 @@ HELP = """usage: mm COMMAND ...
   mm data stats SHARDS ...              sizes, captions, words, quality: figures and a page with examples
   mm data filter SHARDS ... out=FOLDER  leave out what rules, near duplicates, a model or balancing say
   mm data plan SHARDS ... batch=N       what a run will read, cache and mix, before it is started
+  mm runs [FOLDER ...]                  how far the runs of a folder are, and which are alive
   mm report RUN                         write the page RUN/report.html again
+  mm report RUN RUN ...                 runs side by side on one page: curves, figures, configs
   mm export RUN format=... out=FOLDER   a model for open_clip, transformers or ONNX, proven equal
+  mm explain RUN image=FILE text=...    which pixels and words a score rests on, as a picture
 
 mm COMMAND --help says more about each and lists its keys. Training and evaluation are programs of their own:
   python -m train.pretrain --help       python -m eval.suite --help
@@ -28,9 +31,18 @@ INDEX_HELP = """usage: mm data index SHARDS ...
 SHARDS: folders, files or patterns such as 'data/cc3m/{00000..00331}.tar' of webdataset or img2dataset.
 Writes NAME.idx beside each shard, and sizes.json in its folder: training reads them.
 """
-REPORT_HELP = """usage: mm report RUN
+REPORT_HELP = """usage: mm report RUN [gallery=SET] [queries=8] [top=5]
+       mm report RUN RUN ... [out=comparison.html] [suite=NAME]
 
-RUN: the folder of a run, finished or not. Writes RUN/report.html from what the run left there.
+RUN: the folder of a run, finished or not. Writes RUN/report.html from what the run left there; gallery=SET opens its
+model, too, and pictures a set of its config, of retrieval or of questions. Of several runs it writes one page that
+compares the others with the first: curves, figures of eval.suite with what is significant, configs.
+"""
+RUNS_HELP = """usage: mm runs [FOLDER ...] [json=true]
+
+FOLDER: holds run folders, or is one; runs/ by default. Prints a table, the run with the newest line first; json=true: a
+JSON object a line, for scripts. States: running, finished, failed (by an error), stopped (its process is gone), unknown
+(it is on another machine: see how old its last line is), not begun (no line yet).
 """
 
 
@@ -54,7 +66,11 @@ def dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
         return
-    _pick({"data": data, "report": report, "export": export}, argv[0], "command")(argv[1:])
+    _pick(
+        {"data": data, "report": report, "export": export, "explain": explain, "runs": runs},
+        argv[0],
+        "command",
+    )(argv[1:])
 
 
 def data(argv: list[str]) -> None:
@@ -108,17 +124,38 @@ def tool(name: str, argv: list[str]) -> None:
 
 
 def report(argv: list[str]) -> None:
-    """`mm report RUN`."""
+    """`mm report RUN ... [key=value ...]`."""
     if not argv or "-h" in argv or "--help" in argv:
         print(REPORT_HELP, end="")
         return
-    if len(argv) > 1:
-        raise UserError(f"mm report takes the folder of one run, and was given {len(argv)}: {' '.join(argv)}")
-    from pathlib import Path
+    from mm.config import parse
+    from mm.report import PageConfig, run
 
-    from mm.report import write
+    folders = [word for word in argv if not word.startswith("-") and "=" not in word and word[-5:] != ".yaml"]
+    rest = [word for word in argv if word not in folders]
+    named = [f"runs={json.dumps(folders)}"] if folders else []
+    run(parse(PageConfig, [*rest, *named], "mm report RUN ..."))
 
-    print(write(Path(argv[0]).expanduser()))
+
+def runs(argv: list[str]) -> None:
+    """`mm runs [FOLDER ...] [json=true]`."""
+    if "-h" in argv or "--help" in argv:
+        print(RUNS_HELP, end="")
+        return
+    from mm.runs import as_json, find, show
+
+    keys = [word for word in argv if word.startswith("-") or "=" in word]
+    for word in keys:
+        if word not in ("json=true", "json=false"):
+            raise UserError(f"{word}: mm runs takes folders and json=true")
+    folders = [word for word in argv if word not in keys] or ["runs"]
+    found = find(folders)
+    if keys[-1:] == ["json=true"]:
+        print("".join(f"{as_json(run)}\n" for run in found), end="")
+    elif found:
+        show(found)
+    else:
+        print(f"no runs in {', '.join(folders)}")
 
 
 def export(argv: list[str]) -> None:
@@ -126,12 +163,24 @@ def export(argv: list[str]) -> None:
     from mm.config import parse
     from mm.export import ExportConfig, run
 
+    run(parse(ExportConfig, _of_model(argv, "export"), "mm export RUN"))
+
+
+def explain(argv: list[str]) -> None:
+    """`mm explain RUN image=FILE [key=value ...]`."""
+    from mm.config import parse
+    from mm.explain import ExplainConfig, run
+
+    run(parse(ExplainConfig, _of_model(argv, "explain"), "mm explain RUN"))
+
+
+def _of_model(argv: list[str], command: str) -> list[str]:
+    """The arguments with the model, which is named without `model=`, as a key too."""
     models = [word for word in argv if not word.startswith("-") and "=" not in word and word[-5:] != ".yaml"]
     if len(models) > 1:
-        raise UserError(f"mm export takes one model, and was given {len(models)}: {' '.join(models)}")
-    named = [f"model={json.dumps(word)}" for word in models]
+        raise UserError(f"mm {command} takes one model, and was given {len(models)}: {' '.join(models)}")
     rest = [word for word in argv if word not in models]
-    run(parse(ExportConfig, [*rest, *named], "mm export RUN"))
+    return [*rest, *(f"model={json.dumps(word)}" for word in models)]
 
 
 def _pick(

@@ -41,7 +41,7 @@ def test_help_is_instant_and_imports_no_torch() -> None:
         (["data", "index", "/nowhere"], "/nowhere"),
         (["reprt"], "did you mean report"),
         (["report", "/nowhere"], "/nowhere is not a run folder"),
-        (["report", "a", "b"], "one run"),
+        (["report", "a", "b"], "a is not a run folder"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str) -> None:

@@ -226,7 +226,7 @@ def test_a_changed_config_is_refused_with_the_differences(whole, tiny):
         ("sampels=3", "did you mean"),
         ("evaluate.best=vall/loss", "vall"),
         ("evaluate.best=val_loss/loss", "figures of val_loss are val_loss"),
-        ("report.gallery=val_loss", "no retrieval set"),
+        ("report.gallery=val_loss", "no set of retrieval or questions"),
         ("checkpoint.keep=0", "checkpoint.keep"),
         ("out=/proc/version/run", "name another one"),
         ("optim.warmup=1_000_000", "warmup"),

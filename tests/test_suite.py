@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 
 import mm
-from eval import compare, models, results, suite
+from eval import compare, models, suite
 from mm import config as mm_config
 from mm.data.writer import ShardWriter
 from mm.errors import UserError
 from mm.evaluators import RetrievalConfig, open_set
 from mm.models.folder import save_model
 from mm.models.two_tower import TwoTower, TwoTowerConfig, build_two_tower
+from mm.report.suites import SAMPLES, read_samples
 from tests import tiny
 from tests.dist import alone as alone_environ
 from tests.test_evaluators import COLOURS, NAMES, png
@@ -147,7 +148,7 @@ def test_results_say_how_sure_they_are_and_what_they_rest_on(place):
     assert sum(row["samples"] for row in tables["per_class"]) == 26
     wrong = sum(row["samples"] for row in tables["confusions"])
     assert wrong == len(tables["mistakes"]) == round(26 * (1 - figures["accuracy"]))
-    samples, units = results.read_samples(place / "own", "names")
+    samples, units = read_samples(place / "own", "names")
     assert samples["accuracy"].value == figures["accuracy"] and len(units) == 26
 
 
@@ -157,7 +158,7 @@ def test_a_suite_goes_on_where_it_was(place, monkeypatch):
     assert results_of(place)["figures"] == plain["figures"] and evaluated == []
     results_of(place, "sets.loss.pairs=5")
     assert evaluated == ["loss"]
-    (place / "own" / f"captions{results.SAMPLES}").unlink()
+    (place / "own" / f"captions{SAMPLES}").unlink()
     assert results_of(place)["figures"] == plain["figures"] and evaluated == ["loss", "retrieval", "loss"]
     names = (place / "set" / "classnames.txt").read_text()
     (place / "set" / "classnames.txt").write_text(names.replace("red", "reddish"))

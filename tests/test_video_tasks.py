@@ -270,4 +270,4 @@ def test_what_does_not_fit_is_said(folder):
     assert len(found[0].indices) == 3
     gallery = build_gallery(model, "a", RetrievalConfig(**common, video={}), queries=2, top=3)
     assert [len(query.hits) for query in gallery.queries] == [3, 3]
-    assert all(hit.png.startswith(b"\x89PNG") for query in gallery.queries for hit in query.hits)
+    assert all(hit.picture.startswith(b"RIFF") for query in gallery.queries for hit in query.hits)

@@ -7,7 +7,7 @@ two models on the same units are paired (Efron and Tibshirani 1993, chapter 16).
 All sums are in float64, in an order that depends neither on the ranks nor on the threads.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +75,31 @@ def p_value(differences: Floats) -> float:
     differences = differences[~np.isnan(differences)]
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
     return min(1.0, 2 * (1 + min(below, above)) / (len(differences) + 1))
+
+
+def paired(
+    a: tuple[Mapping[str, Sampled], Sequence[str]],
+    b: tuple[Mapping[str, Sampled], Sequence[str]],
+    figures: Sequence[str],
+) -> tuple[dict[str, Sampled], dict[str, Sampled], int] | None:
+    """Figures of two models on the units that both have, numbered alike, and how many these are; None where there are
+    none. `a` and `b`: what the figures are computed from, and the keys of the units."""
+    place = set(b[1])
+    common = [key for key in a[1] if key in place]
+    if not common or not figures:
+        return None
+    number = {key: i for i, key in enumerate(common)}
+
+    def kept(samples: Mapping[str, Sampled], units: Sequence[str]) -> dict[str, Sampled]:
+        new = np.array([number.get(key, -1) for key in units], dtype=np.int64)
+        found = {}
+        for figure in figures:
+            one = samples[figure]
+            unit = new[one.unit]
+            found[figure] = Sampled(one.statistic, one.values[unit >= 0], unit[unit >= 0])
+        return found
+
+    return kept(*a), kept(*b), len(common)
 
 
 def _draws(units: int, resamples: int, chunk: int, seed: int) -> Iterator[Floats]:

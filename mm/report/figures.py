@@ -136,6 +136,11 @@ def label(key: str) -> str:
     )
 
 
+def less_is_better(key: str) -> bool:
+    """Whether a model is the better the lower this figure is."""
+    return key.endswith("loss") or key in ("ece", "group_gap")
+
+
 def best(history: History) -> str:
     """Which weights `model/` holds, where a config chooses the best: HTML."""
     section = history.config.get("evaluate")

@@ -11,6 +11,7 @@ from typing import Any
 
 from mm import config
 from mm.errors import UserError
+from mm.report.suites import Suite, are_figures, read_suites
 
 Figures = dict[str, dict[str, float]]
 """Set name -> figure name -> value."""
@@ -25,7 +26,7 @@ class History:
     starts: list[dict[str, Any]] = field(default_factory=list)
     ends: list[dict[str, Any]] = field(default_factory=list)
     saves: list[dict[str, Any]] = field(default_factory=list)
-    suites: dict[str, Figures] = field(default_factory=dict)
+    suites: dict[str, Suite] = field(default_factory=dict)
     wise_ft: dict[str, Any] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -86,16 +87,12 @@ def read(run: Path) -> History:
             or not _is_number(line.get("samples"))
         ):
             continue
-        if line["event"] == "eval" and not _are_figures(line.get("figures")):
+        if line["event"] == "eval" and not are_figures(line.get("figures")):
             continue
         lists[line["event"]].append(line)
     history.train[:] = _by_step(history.train)
     history.evaluations[:] = _by_step(history.evaluations)
-    for suite in sorted(run.glob("eval/*.json")):
-        with suppress(ValueError):
-            results = json.loads(_text(suite))
-            if isinstance(results, dict) and _are_figures(results.get("figures")):
-                history.suites[suite.stem] = results["figures"]
+    history.suites = read_suites(run)
     with suppress(ValueError):
         history.wise_ft = _averages(json.loads(_text(run / "wise_ft.json")))
     for line in _lines(run / "bad_samples.jsonl"):
@@ -141,7 +138,3 @@ def _text(path: Path) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _are_figures(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(figures, dict) for figures in value.values())

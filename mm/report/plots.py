@@ -19,14 +19,16 @@ MOST_POINTS = 800
 # Stand-ins in matplotlib's output for the variables of the page's style sheet
 COLOURS = {
     f"#{number:02x}fe{number:02x}": f"var(--{name})"
-    for number, name in enumerate(("ink", "faint", "line", "c1", "c2", "c3", "raw"), start=1)
+    for number, name in enumerate(
+        ("ink", "faint", "line", "c1", "c2", "c3", "c4", "c5", "c6", "raw"), start=1
+    )
 }
 _STAND_IN = {name[6:-1]: colour for colour, name in COLOURS.items()}
 
 
 @dataclass
 class Curve:
-    """Some points with a name and a colour of the page (c1, c2, c3 or raw)."""
+    """Some points with a name and a colour of the page (c1 to c6, or raw)."""
 
     name: str
     points: Sequence[tuple[float, float]]
