@@ -18,6 +18,9 @@ class TextEnds:
     def __call__(self, text: str) -> list[int]:
         raise NotImplementedError
 
+    def words(self, text: str) -> tuple[list[str], list[int | None]]:
+        raise NotImplementedError
+
     @property
     def bos_id(self) -> int:
         """What begins a text ([CLS], <s>, <start_of_text>). UserError where nothing does."""
@@ -59,6 +62,18 @@ class Tokenizer(TextEnds):
     def vocabulary(self) -> int:
         """How many ids there are."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    def words(self, text: str) -> tuple[list[str], list[int | None]]:
+        """The words of a text as it reads them, and for each of its tokens the word that it is of; None: of none."""
+        found = self.backend.encode(text)
+        spans: dict[int, tuple[int, int]] = {}
+        for word, (start, end) in zip(found.word_ids, found.offsets):
+            if word is not None:
+                first, last = spans.get(word, (start, end))
+                spans[word] = min(first, start), max(last, end)
+        place = {word: i for i, word in enumerate(spans)}
+        of = [None if word is None else place[word] for word in found.word_ids]
+        return [text[start:end].strip() for start, end in spans.values()], of
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
@@ -110,6 +125,24 @@ class OpenClipTokenizer(TextEnds):
     def vocabulary(self) -> int:
         """How many ids there are."""
         return self.backend.vocab_size if self._hf is None else 1 + max(self._hf.get_vocab().values())
+
+    def words(self, text: str) -> tuple[list[str], list[int | None]]:
+        """The words of a text as it reads them, and for each of its tokens the word that it is of; None: of none."""
+        if self._hf is not None:
+            return Tokenizer(copy.deepcopy(self._hf), self.context_length).words(text)
+        words: list[str] = []
+        of: list[int | None] = []
+        begins = True
+        for one in self(text):
+            if one in self.backend.all_special_ids:
+                of.append(None)
+                continue
+            piece = self.backend.decoder[one]
+            words += [""] * begins
+            begins = piece.endswith("</w>")
+            words[-1] += self.backend.decode([one]).strip()
+            of.append(len(words) - 1)
+        return words, of
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
