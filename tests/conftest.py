@@ -48,6 +48,8 @@ LONGEST = (
     "video_tasks",
     "finetune_video",
     "export",
+    "explore_page",
+    "explain",
     "fusion",
     "stream",
     "contributing",
