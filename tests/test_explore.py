@@ -32,7 +32,7 @@ from mm.models.fused import Fused
 from mm.models.heads import AnswerHead, ClassHead
 from tests import tiny, videos
 
-FOLDER = Path("/tmp/uploads-of-explore")
+FOLDER = Path("/nowhere/uploads-of-explore")
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'& ${alert(3)} {{value}} @children \u202e"
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,9 +121,8 @@ class Opened:
                 if question
                 else explain_text(self.model, pixels, text, against)
             )
-            drawn = torch.frombuffer(bytearray(overlay(found).convert("RGB").tobytes()), dtype=torch.uint8)
-        side = int((len(drawn) // 3) ** 0.5)
-        return Why(found.what, found.score, drawn.view(side, side, 3).permute(2, 0, 1), found.words)
+            drawn = torch.from_numpy(np.array(overlay(found)))
+        return Why(found.what, found.score, drawn.permute(2, 0, 1), found.words)
 
     def _reads_clips(self, head: str) -> bool:
         return bool(CLIP_MODALITIES & set(self.model.heads[head].modalities))

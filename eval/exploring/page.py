@@ -3,8 +3,10 @@
 import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
+from typing import Any
 
 import gradio as gr
+from torch import Tensor
 
 from eval.exploring import show, uploads
 from eval.exploring.index import Index
@@ -88,20 +90,10 @@ def _search(model: Opened, index: Index | None) -> None:
 
 def _classify(model: Opened) -> None:
     own = model.classes_of is not None and not model.classes_are_of_clips
-
-    def classify(data: bytes | None, labels: str, templates: str) -> str:
-        pixels = uploads.image(data)
-        if own and not (labels or "").strip():
-            return show.bars(model.own_classes(pixels), "probability, by the model's own classifier")
-        return _bars(model, model.image_row(pixels), labels, templates)
-
-    with gr.Row():
-        with gr.Column(min_width=280):
-            image = _image()
-        with gr.Column(min_width=280):
-            labels, templates = _labels(own)
+    classify = _classifier(model, uploads.image, model.image_row, own)
+    given = _beside_labels(_image, own)
     go = gr.Button("Classify", variant="primary")
-    _on([go.click], classify, [image, labels, templates], _out())
+    _on([go.click], classify, given, _out())
 
 
 def _ask(model: Opened) -> None:
@@ -143,21 +135,12 @@ def _clips(model: Opened, index: Index | None) -> None:
         )
         return
     own = model.classes_are_of_clips
-
-    def classify(data: bytes | None, labels: str, templates: str) -> str:
-        clip = uploads.clip(data)
-        if own and not (labels or "").strip():
-            return show.bars(model.own_classes(clip), "probability, by the model's own classifier")
-        return _bars(model, model.clip_row(clip), labels, templates)
-
-    with gr.Row():
-        with gr.Column(min_width=280):
-            clip = _clip()
-        with gr.Column(min_width=280):
-            labels, templates = _labels(own)
+    classify = _classifier(model, uploads.clip, model.clip_row, own)
+    given = _beside_labels(_clip, own)
+    clip = given[0]
     go = gr.Button("Classify the clip", variant="primary")
     out = _out()
-    _on([go.click], classify, [clip, labels, templates], out)
+    _on([go.click], classify, given, out)
     if index is None or not index.videos:
         gr.HTML(show.note("Start with data=SHARDS of videos to search them here."), js_on_load=None)
         return
@@ -198,11 +181,7 @@ def _compare(models: Models) -> None:
             ]
         )
 
-    with gr.Row():
-        with gr.Column(min_width=280):
-            image = _image()
-        with gr.Column(min_width=280):
-            labels, templates = _labels(False)
+    given = _beside_labels(_image, own=False)
     go = gr.Button("Classify with both", variant="primary")
     if models[0][1] is not None:
         words = _line("Words", "what shall be in the picture")
@@ -210,7 +189,7 @@ def _compare(models: Models) -> None:
     else:
         gr.HTML(show.note(NEEDS_DATA), js_on_load=None)
     out = _out()
-    _on([go.click], classify, [image, labels, templates], out)
+    _on([go.click], classify, given, out)
     if models[0][1] is not None:
         _on([ask.click, words.submit], search, [words], out)
 
@@ -244,6 +223,32 @@ def _why(model: Opened) -> None:
     _on([go.click], of_text, [image, words, against], out)
     if questions:
         _on([ask.click], of_question, [image, words], out)
+
+
+def _classifier(
+    model: Opened, read: Callable[[bytes | None], Any], row: Callable[[Any], Tensor], own: bool
+) -> Callable[..., str]:
+    """What classifies an upload among labels that are typed; own: by the model's own classes where none are.
+
+    read: the upload as the model takes it, row: that in the common space.
+    """
+
+    def classify(data: bytes | None, labels: str, templates: str) -> str:
+        seen = read(data)
+        if own and not (labels or "").strip():
+            return show.bars(model.own_classes(seen), "probability, by the model's own classifier")
+        return _bars(model, row(seen), labels, templates)
+
+    return classify
+
+
+def _beside_labels(place: Callable[[], gr.File], own: bool) -> list[gr.Component]:
+    """A place for an upload, and beside it those for labels and templates."""
+    with gr.Row():
+        with gr.Column(min_width=280):
+            file = place()
+        with gr.Column(min_width=280):
+            return [file, *_labels(own)]
 
 
 def _bars(model: Opened, row: object, labels: str, templates: str) -> str:

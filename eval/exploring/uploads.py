@@ -23,10 +23,7 @@ MOST_TEMPLATES = 20
 
 def image(data: bytes | None) -> Tensor:
     """uint8 (3|4, H, W) of an image of one frame."""
-    if not data:
-        raise UserError(
-            "there is no image yet: choose a file, or drop one" if data is None else "the file is empty"
-        )
+    data = _given(data, "image")
     try:
         with decode.opened_image(data, MAX_PIXELS) as opened:
             if opened.format in ANIMATED and getattr(opened, "is_animated", False):
@@ -40,14 +37,19 @@ def image(data: bytes | None) -> Tensor:
 
 def clip(data: bytes | None) -> bytes:
     """The bytes of a video that can be opened."""
-    if not data:
-        raise UserError(
-            "there is no clip yet: choose a file, or drop one" if data is None else "the file is empty"
-        )
+    data = _given(data, "clip")
     try:
         open_video(data, MAX_PIXELS)
     except decode.BadSample as error:
         raise UserError(f"this cannot be used as a clip: {error.reason}") from None
+    return data
+
+
+def _given(data: bytes | None, what: str) -> bytes:
+    if not data:
+        raise UserError(
+            f"there is no {what} yet: choose a file, or drop one" if data is None else "the file is empty"
+        )
     return data
 
 
