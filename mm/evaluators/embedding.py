@@ -30,6 +30,7 @@ from mm.evaluators.sets import SetConfig, ViewsConfig, open_set
 from mm.evaluators.store import Store
 from mm.models.fused import find_head, read_features
 from mm.models.heads import Head
+from mm.models.two_tower import eval_mode
 from mm.progress import Progress
 
 if TYPE_CHECKING:
@@ -238,11 +239,5 @@ def embedding(
 
     tasks: those that it learns, by name. store: where embeddings are kept. resizer: what makes images smaller.
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():  # not inference_mode: ZeRO-3 gathers parameters in place
-            yield Embedder(model, tasks or {}, store, resizer)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with eval_mode(model), torch.no_grad():  # not inference_mode: ZeRO-3 gathers parameters in place
+        yield Embedder(model, tasks or {}, store, resizer)

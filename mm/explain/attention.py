@@ -46,15 +46,14 @@ class Attentions(TorchFunctionMode):
             self.weights.append(weights)
             self.outputs.append(output)
 
-    def joined(self) -> list[tuple[int, int]]:
-        """The shape (Q, K) of each; empty where the attentions do not follow from one another, token by token: those
-        of windows, of stages of several sizes, of a network that is not one of attention alone."""
-        shapes = [tuple(one.shape[-2:]) for one in self.weights]
+    def joined(self) -> bool:
+        """Whether each attends, token by token, to what the one before gave: not those of windows, nor of stages of
+        several sizes; nor is it where there are none."""
         if any(one.ndim == 4 and len(one) > 1 for one in self.weights):
-            return []
+            return False
+        shapes = [one.shape[-2:] for one in self.weights]
         follows = all(after[1] == before[0] for before, after in itertools.pairwise(shapes))
-        square = bool(shapes) and shapes[0][0] == shapes[0][1] > 1
-        return [(q, k) for q, k in shapes] if follows and square else []
+        return bool(shapes) and shapes[0][0] == shapes[0][1] > 1 and follows
 
 
 def _attention(

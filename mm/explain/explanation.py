@@ -1,8 +1,7 @@
 """Why a model gave an image a score: which places of the image, and which words, it rests on."""
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from mm.explain.maps import image_map, watched
 from mm.models.folder import Model
 from mm.models.fused import find_head, read_features
 from mm.models.heads import AnswerHead, ClassHead
+from mm.models.two_tower import eval_mode, inference
 
 PATH = (0.25, 0.5, 0.75, 1.0)  # from the blurred image to the image itself
 
@@ -111,7 +111,7 @@ def _explained(
     al. 2017, arXiv:1703.01365): where a score is near its highest it is flat, and its gradient says little."""
     pixels = model.towers.pixels([image])
     whole, blurred = pixels.float() / 255, blur(pixels[0]).float() / 255
-    with _gradients(model):
+    with eval_mode(model), torch.enable_grad():  # whatever holds outside
         words = [] if text is None else _words(model, text, score, pixels)
         maps = []
         for share in PATH:
@@ -119,7 +119,7 @@ def _explained(
                 maps.append(image_map(score(blurred + share * (whole - blurred)), model.towers.image, seen))
 
     def of_images(images: Tensor) -> Tensor:
-        with _gradients(model), torch.no_grad():
+        with inference(model):
             return score(images)
 
     cells = torch.stack(maps).mean(0).float().cpu()
@@ -166,7 +166,7 @@ def _place(
 ) -> int:
     """Where what is to be explained is among what the model knows: what it says itself, if nothing is given."""
     if given is None:
-        with _gradients(model), torch.no_grad():
+        with inference(model):
             return int(logits(model.towers.pixels([image]))[0].argmax())
     if given not in known:
         near = difflib.get_close_matches(given, known, n=3, cutoff=0.3) or known[:3]
@@ -180,16 +180,3 @@ def _token_ids(model: Model, text: str) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     ids, mask = model.towers.token_ids([text])
     return ids.to(device), mask.to(device)
-
-
-@contextmanager
-def _gradients(model: Model) -> Iterator[None]:
-    """In eval mode, with gradients, whatever holds outside; afterwards the model is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -253,15 +253,22 @@ class TwoTower(nn.Module):
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[torch.device]:
-    """A model in eval mode and without gradients, and where it computes; afterwards it is as before."""
-    training = model.training
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode; afterwards every module is in the mode it was in."""
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
+        yield
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[torch.device]:
+    """A model in eval mode and without gradients, and where it computes; afterwards it is as before."""
+    with eval_mode(model), torch.no_grad():
+        yield next(model.parameters()).device
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
