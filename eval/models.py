@@ -12,7 +12,7 @@ from mm.encoders.lora import merge_lora
 from mm.errors import UserError
 from mm.evaluators.memory import Memory, stamp
 from mm.evaluators.store import model_hash
-from mm.models.folder import DESCRIPTION, Model, find_model, load_model, read_description
+from mm.models.folder import Model, find_model, holds_model, load_model, read_description
 from mm.models.opening import ONNX, open_model
 
 VERSIONS = ("mm", "torch", "timm", "transformers", "open_clip_torch")
@@ -62,7 +62,7 @@ def _places(name: str) -> list[Path]:
     path = Path(re.sub(f"^({OPEN_CLIP}|{TRANSFORMERS}|{ONNX})", "", name).removesuffix("@int8")).expanduser()
     if is_checkpoint(path):
         return [path, find_model(path.parent.parent)]
-    if any((place / DESCRIPTION).is_file() for place in (path / "model", path)):
+    if holds_model(path):
         return [find_model(path)]
     return [path] if path.is_dir() else []
 

@@ -10,11 +10,9 @@ from mm import distributed
 from mm.config import Config, differences, dump, load, plain
 from mm.errors import UserError
 from mm.files import write_atomically
+from mm.runs import CONFIG, LOCK, METRICS
 
-CONFIG = "config.yaml"
-METRICS = "metrics.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
-LOCK = ".lock"
 
 FREE_KEYS = (
     "out",

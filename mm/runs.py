@@ -27,11 +27,9 @@ from mm import config
 from mm.errors import UserError
 from mm.progress import duration
 
-CONFIG, METRICS, LOCK = (
-    "config.yaml",
-    "metrics.jsonl",
-    ".lock",
-)  # as mm.run has them, which takes seconds to import
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+LOCK = ".lock"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 COUNTS = ("samples", "captions", "classes", "bad", "majority", "training")
 STYLES = {"running": "green", "finished": "blue", "failed": "red", "stopped": "yellow"}

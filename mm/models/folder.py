@@ -95,6 +95,11 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
+def holds_model(path: Path) -> bool:
+    """Whether it is a run's folder with a model of mm, its model/ folder or an exported one."""
+    return any((place / DESCRIPTION).is_file() for place in (path / "model", path))
+
+
 def find_model(path: str | Path) -> Path:
     """The folder of the model in a run folder, in its model/ folder or in an exported one. UserError without."""
     path = Path(path).expanduser()

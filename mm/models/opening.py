@@ -8,7 +8,7 @@ import torch
 from mm.encoders.image import OPEN_CLIP, TRANSFORMERS, ImageEncoder
 from mm.encoders.text import TextEncoder
 from mm.errors import UserError
-from mm.models.folder import DESCRIPTION, Model, find_model, load_model, read_description
+from mm.models.folder import Model, find_model, holds_model, load_model, read_description
 from mm.models.two_tower import TwoTower
 
 LIMIT = 100.0
@@ -44,7 +44,7 @@ def _open(given: str) -> Model:
         if kind not in ("", "int8"):
             raise UserError(f"{given}: of graphs there is onnx:{place} and onnx:{place}@int8")
         return open_onnx(place, int8=bool(kind))
-    if not any((place / DESCRIPTION).is_file() for place in (folder / "model", folder)):
+    if not holds_model(folder):
         if (folder / "open_clip_config.json").is_file():
             return _open_clip(f"{OPEN_CLIP}{folder}")
         from mm.encoders.transformers_source import is_dual_encoder  # which takes seconds to import
