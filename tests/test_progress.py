@@ -58,8 +58,8 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def on_a_terminal(code: str, columns: int = 120, stdout_to: Path | None = None) -> str:
-    """What a program writes to a pseudo terminal, with its stdout in a file where one is named."""
+def on_a_terminal(code: str, columns: int = 120, stdout_to: Path | None = None, ends: int = 0) -> str:
+    """What a program writes to a pseudo terminal, with its stdout in a file where one is named. ends: its status."""
     ours, theirs = pty.openpty()
     out = stdout_to.open("w") if stdout_to else theirs
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "30"}
@@ -73,7 +73,7 @@ def on_a_terminal(code: str, columns: int = 120, stdout_to: Path | None = None) 
                 shown += part
         except OSError:  # as Linux ends it
             pass
-        assert process.wait() == 0, shown.decode()
+        assert process.wait() == ends, shown.decode()
     os.close(ours)
     return shown.decode()
 
@@ -175,21 +175,8 @@ def test_an_interrupt_gives_the_terminal_back() -> None:
     code = SLOW.replace(
         'print("plain print")', "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     ).replace("import sys, time", "import sys, time\nsys.excepthook = lambda *a: None")
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm"}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 2**16):
-                shown += part
-        except OSError:
-            pass
-        assert process.wait() == -signal.SIGINT
-    os.close(ours)
-    assert shown.count(b"\x1b[?25l") == shown.count(b"\x1b[?25h") == 1
+    shown = on_a_terminal(code, ends=-signal.SIGINT)
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1
 
 
 def test_items_pass_through_and_are_closed() -> None:

@@ -34,5 +34,5 @@ class Memory(UserDict[str, str]):
 def stamp(*paths: Path | str, about: object = None) -> str:
     """What files that were not changed are known by, and what else their hash depends on. Raises OSError."""
     files = [(os.path.abspath(path), os.stat(path)) for path in paths]
-    known = [[name, about.st_size, about.st_mtime_ns] for name, about in files]
+    known = [[name, file.st_size, file.st_mtime_ns] for name, file in files]
     return json.dumps([*known, *([] if about is None else [about])])
