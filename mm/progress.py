@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -21,34 +21,28 @@ T = TypeVar("T")
 QUIET_S = 2.0  # what takes less shows nothing
 EVERY_S = 10.0  # between two lines where there is no terminal
 REDRAW_S = 0.25  # between two looks
+LONG_S = 10.0  # a wait for data of which the reason is told
 WIDE = 110  # columns that a terminal must have for a bar beside the figures
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 _errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
-class Progress:
-    """Counts towards a total. A context manager; what is counted is a number set here, and drawn by a thread.
+def no_reason() -> str:
+    """Of a wait about which nothing is known."""
+    return ""
+
+
+class Shown:
+    """What is shown while it takes long. A context manager; a thread draws what `text` says.
 
     All that are open share a display, below what is printed meanwhile; lines go to stderr. Of rank 0 alone.
     """
 
-    def __init__(
-        self,
-        title: str,
-        total: float,
-        unit: str = "samples",
-        *,
-        done: float = 0.0,
-        quiet_s: float | None = None,
-    ) -> None:
-        """done: what was there before the clock started. quiet_s: shown after this long, in place of `QUIET_S`."""
-        self.title, self.total, self.unit = title, total, unit
-        self.count = self._before = done
-        self.quiet_s = quiet_s
-        self._figures: str | None = None
-        self._waited: float | None = None
-        self._waits_since: float | None = None
+    def __init__(self, title: str, total: float | None, quiet_s: float | None) -> None:
+        """total: None where nothing is counted. quiet_s: shown after this long, in place of `QUIET_S`."""
+        self.title, self.total, self.quiet_s = title, total, quiet_s
+        self.count = 0.0
         self._start = self._last_line = time.monotonic()
         self._has_lines = False
 
@@ -72,14 +66,57 @@ class Progress:
         if kind is None and self._has_lines:
             _line(f"{self.title}: {self.text(over=True)}")
 
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return max(time.monotonic() - self._start, 1e-3)
+
+    def text(self, over: bool = False) -> str:
+        """How far it is. over: how long it took in place of how long it will."""
+        raise NotImplementedError
+
+    def is_due(self) -> bool:
+        """Whether it has taken long enough to be shown."""
+        return self.seconds >= (QUIET_S if self.quiet_s is None else self.quiet_s)
+
+    def line_if_due(self) -> None:
+        """A line of its own, where the last one was long ago."""
+        if time.monotonic() - self._last_line >= EVERY_S:
+            self._last_line, self._has_lines = time.monotonic(), True
+            _line(f"{self.title}: {self.text()}")
+
+
+class Progress(Shown):
+    """Counts towards a total; what is counted is a number set here."""
+
+    total: float
+
+    def __init__(
+        self,
+        title: str,
+        total: float,
+        unit: str = "samples",
+        *,
+        done: float = 0.0,
+        quiet_s: float | None = None,
+    ) -> None:
+        """done: what was there before the clock started. quiet_s: as of `Shown`."""
+        super().__init__(title, total, quiet_s)
+        self.unit = unit
+        self.count = self._before = done
+        self._figures: str | None = None
+        self._waited: float | None = None
+        self._waits_since: float | None = None
+        self._why = no_reason
+
     def to(self, count: float, figures: str | None = None) -> None:
         """So much is done. figures: the text beside the bar, in place of that of `text`."""
         self.count, self._figures = count, figures
 
-    def waits(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; the time until each is there counts as waiting for data."""
+    def waits(self, items: Iterable[T], why: Callable[[], str] = no_reason) -> Iterator[T]:
+        """The items; the time until each is there counts as waiting for data. why: told where one takes long."""
         iterator = iter(items)
-        waited = 0.0
+        waited, self._why = 0.0, why
         while True:
             self._waited, self._waits_since = waited, time.monotonic()
             try:
@@ -92,42 +129,64 @@ class Progress:
             yield item
 
     @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return max(time.monotonic() - self._start, 1e-3)
-
-    @property
     def left(self) -> float:
         """Seconds to the end, at the rate so far; infinite where nothing was done yet."""
         new = self.count - self._before
         return (self.total - self.count) * self.seconds / new if new > 0 else math.inf
 
     def text(self, over: bool = False) -> str:
-        """How far it is. over: how long it took in place of how long it will."""
         if self._figures is not None:
             return self._figures
         seconds, wait = self.seconds, self._waited
         since = self._waits_since
+        now = time.monotonic() - since if since is not None else 0.0
         if wait is not None:
-            wait = min((wait + (time.monotonic() - since if since is not None else 0.0)) / seconds, 1.0)
+            wait = min((wait + now) / seconds, 1.0)
+        end = f"in {duration(seconds)}" if over else f"ETA {duration(self.left)}"
         return figures(
             self.count,
             self.total,
             self.unit,
             (self.count - self._before) / seconds,
             wait,
-            f"in {duration(seconds)}" if over else f"ETA {duration(self.left)}",
+            "  ".join(filter(None, (end, self._why() if now >= LONG_S else ""))),
         )
 
-    def is_due(self) -> bool:
-        """Whether it has taken long enough to be shown."""
-        return self.seconds >= (QUIET_S if self.quiet_s is None else self.quiet_s)
 
-    def line_if_due(self) -> None:
-        """A line of its own, where the last one was long ago."""
-        if time.monotonic() - self._last_line >= EVERY_S:
-            self._last_line, self._has_lines = time.monotonic(), True
-            _line(f"{self.title}: {self.text()}")
+class Wait(Shown):
+    """Something of which nobody knows how far it is: how long it takes, and why where that is known."""
+
+    def __init__(
+        self, title: str, why: Callable[[], str] = no_reason, *, quiet_s: float | None = None
+    ) -> None:
+        """why: asked whenever it is shown."""
+        super().__init__(title, None, quiet_s)
+        self._why = why
+        self._since: float | None = self._start
+
+    def waits(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; shown is the wait for the next one, and nothing between two."""
+        iterator = iter(items)
+        while True:
+            self._since = self._last_line = time.monotonic()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._since, self._has_lines = None, False
+            yield item
+
+    @property
+    def seconds(self) -> float:
+        """Of the present wait; 0 where there is none."""
+        since = self._since
+        return time.monotonic() - since if since is not None else 0.0
+
+    def text(self, over: bool = False) -> str:
+        """How long it takes, and why."""
+        took = duration(self.seconds)
+        return f"in {took}" if over else "  ".join(filter(None, (took, self._why())))
 
 
 def watched(items: Iterable[T], title: str, total: int, unit: str = "") -> Iterator[T]:
@@ -191,14 +250,14 @@ class _Display(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True, name="progress")
-        self.progresses: list[Progress] = []
+        self.progresses: list[Shown] = []
         self.console = terminal()
         self.bars: Bars | None = None
-        self.tasks: dict[Progress, TaskID] = {}
+        self.tasks: dict[Shown, TaskID] = {}
         self.over = threading.Event()
 
     @classmethod
-    def open(cls, progress: Progress) -> None:
+    def open(cls, progress: Shown) -> None:
         with _drawing:
             if cls.current is None:
                 cls.current = cls()
@@ -206,7 +265,7 @@ class _Display(threading.Thread):
             cls.current.progresses.append(progress)
 
     @classmethod
-    def close(cls, progress: Progress) -> None:
+    def close(cls, progress: Shown) -> None:
         with _drawing:
             display = cls.current
             if display is None or progress not in display.progresses:
@@ -231,6 +290,8 @@ class _Display(threading.Thread):
     def draw(self) -> None:
         for progress in self.progresses:
             if not progress.is_due():
+                if self.bars is not None and progress in self.tasks:  # the wait is over
+                    self.bars.remove_task(self.tasks.pop(progress))
                 continue
             if self.console is None:
                 progress.line_if_due()

@@ -24,7 +24,7 @@ from mm.data.transforms import EvalTransform
 from mm.evaluators.embedding import Embedder
 from mm.evaluators.passes import Facts, Reading, pass_over
 from mm.evaluators.sets import SetConfig, open_set
-from mm.progress import Progress, duration, figures, watched
+from mm.progress import Progress, Wait, duration, figures, watched
 from tests.tiny import labelled
 
 # slow enough to be seen; nearly all of it is waiting
@@ -209,6 +209,61 @@ def test_the_rate_and_the_rest_leave_out_what_was_there_before() -> None:
     assert shown.text() == "950/1,000 samples  5 samples/s  ETA 0:10"
     shown.to(950, "what is said instead")
     assert shown.text() == "what is said instead"
+
+
+WAITING = """
+import time
+from mm import progress
+progress.EVERY_S, progress.REDRAW_S = 0.1, 0.02
+def items():
+    for i, seconds in enumerate((0.0, 0.5, 0.0)):
+        time.sleep(seconds)
+        yield i
+with progress.Wait("waiting for data", lambda: "fetching a.tar", quiet_s=0.2) as wait:
+    for i in wait.waits(items()):
+        time.sleep(0.3)  # work, which is no wait
+        print("item", i)
+"""
+
+
+def test_a_long_wait_is_told_with_its_reason_and_forgotten_when_it_is_over() -> None:
+    ran = run(WAITING)
+    assert ran.stdout == "item 0\nitem 1\nitem 2\n"
+    lines = ran.stderr.splitlines()
+    assert 1 <= len(lines) <= 5
+    assert all(re.fullmatch(r"waiting for data: 0:0[01]  fetching a\.tar", line) for line in lines)
+    shown = without_codes(on_a_terminal(WAITING))
+    assert "fetching a.tar" in shown.partition("item 1")[0]
+    assert "fetching a.tar" not in shown.partition("item 1")[2]
+
+
+def test_what_cannot_be_counted_shows_how_long_it_takes() -> None:
+    code = "import time\nfrom mm import progress\n"
+    code += "progress.QUIET_S, progress.EVERY_S, progress.REDRAW_S = 0.1, 0.2, 0.02\n"
+    ran = run(code + "with progress.Wait('graph'): time.sleep(0.5)")
+    assert re.fullmatch(r"(graph: 0:0[01]\n)+graph: in 0:0[01]\n", ran.stderr)
+
+
+def test_a_wait_within_a_pass_tells_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LONG_S", 0.0)
+    shown, seen = Progress("test", 2), []
+
+    def items() -> Iterator[int]:
+        for i in range(2):
+            seen.append(shown.text())
+            yield i
+
+    for i in shown.waits(items(), lambda: "fetching a.tar"):
+        shown.to(i + 1)
+    assert all(text.endswith("  fetching a.tar") for text in seen)
+    monkeypatch.setattr(progress, "LONG_S", 10.0)
+    assert "fetching" not in shown.text()
+
+
+def test_between_two_waits_nothing_is_due() -> None:
+    wait = Wait("test", quiet_s=1e-9)
+    assert wait.is_due()  # from its start
+    assert [wait.is_due() for _ in wait.waits(iter(range(3)))] == [False] * 3
 
 
 class SlowReading(Reading):

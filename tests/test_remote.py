@@ -21,10 +21,13 @@ from mm.data.remote import (
     transport,
 )
 from mm.data.remote import fetch as transfers
+from mm.data.remote import under_way as told
+from mm.data.remote.cache import NOTE, PARTIAL
 from mm.data.remote.fetch import fetch
+from mm.data.remote.under_way import under_way
 from mm.data.shards import ShardSet
 from mm.errors import UserError
-from tests.shard_server import ShardServer, ended, forked, serving
+from tests.shard_server import ShardServer, ended, forked, serving, stop, until
 from tests.test_shards import read_all, write
 
 DATA = random.Random(0).randbytes(300_000)
@@ -331,3 +334,36 @@ def test_a_command_leaves_nothing_running(tmp_path: Path) -> None:
     with pytest.raises(Unreachable):
         fetched(url, trust_pipe=True, timeout=1, attempts=1)
     assert not os.path.exists(f"/proc/{int((tmp_path / 'pid').read_text())}")
+
+
+def test_what_is_fetched_is_told_to_who_waits(
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(server.folder / "set", 50, per_shard=50)
+    (name,) = (path.name for path in (server.folder / "set").glob("*.tar"))
+    whole = (server.folder / "set" / name).stat().st_size
+    assert whole > 20_000
+    shards = ShardSet(f"{server.url}/set", remote=config(tmp_path, timeout=60))
+    assert shards.fetching() == ""
+    server.plan[f"set/{name}"] = ["stall:8192"]
+    child = forked(lambda: shards.read(0, 0))
+    size = f"{whole / 1000:.1f} kB"
+    until(lambda: shards.fetching() == f"fetching {name} (8.2 kB of {size})")
+    monkeypatch.setattr(told, "SILENT_S", -1.0)
+    assert shards.fetching() == f"fetching {name} (8.2 kB of {size}, nothing for 0 s)"
+    stop(child)
+    assert ShardSet(str(server.folder / "set")).fetching() == ""
+
+
+def test_of_what_is_fetched_a_few_are_named_and_leftovers_are_not(tmp_path: Path) -> None:
+    assert under_way(tmp_path / "none") == ""
+    for i in range(5):
+        (tmp_path / f"{i:032x}-{i}.tar{PARTIAL}").touch()
+        os.utime(tmp_path / f"{i:032x}-{i}.tar{PARTIAL}", (time.time(), time.time() - 3 + i / 2))
+    assert under_way(tmp_path) == (
+        "fetching 0.tar (connecting), 1.tar (connecting), 2.tar (connecting) and 2 more"
+    )
+    for i in range(4):
+        os.utime(tmp_path / f"{i:032x}-{i}.tar{PARTIAL}", (0, 0))  # a killed process left it
+    (tmp_path / f"{9:032x}-failed.tar{PARTIAL}").write_bytes(NOTE + b"{}")
+    assert under_way(tmp_path) == "fetching 4.tar (connecting)"

@@ -16,6 +16,7 @@ from mm.data.stream import StreamBatch
 from mm.engine import Engine, StepResult
 from mm.errors import UserError
 from mm.log import Log, message
+from mm.progress import LONG_S, Wait, no_reason
 from mm.run import BAD_SAMPLES
 
 SKIPS_IN_A_ROW = 10
@@ -95,6 +96,7 @@ class Loop:
         max_bad: float,
         samples_beside: float = 0.0,
         patience: int | None = None,
+        fetching: Callable[[], str] = no_reason,
     ) -> None:
         self.run = run
         self.engine = engine
@@ -110,6 +112,7 @@ class Loop:
         self.max_bad = max_bad
         self.samples_beside = samples_beside
         self.patience = patience
+        self.fetching = fetching
         self.ledger = Ledger(run / BAD_SAMPLES)
         self.bad: list[dict] = []
         self.skipped = 0
@@ -117,9 +120,10 @@ class Loop:
 
     def __call__(self) -> None:
         """Train to the end, or until patience is lost."""
-        batches = iter(self.stream)
-        while self.state.step < self.schedule.steps and not self._is_out_of_patience():
-            self._step(batches)
+        with Wait("waiting for data", self.fetching, quiet_s=LONG_S) as wait:
+            batches = wait.waits(self.stream)
+            while self.state.step < self.schedule.steps and not self._is_out_of_patience():
+                self._step(batches)
         if self._is_out_of_patience():
             best = self.state.best
             message(

@@ -222,6 +222,7 @@ def train(
             max_bad=max_bad,
             samples_beside=samples_beside,
             patience=config.evaluate.patience,
+            fetching=stream.fetching,
         )
         try:
             loop()

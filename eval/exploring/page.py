@@ -79,10 +79,10 @@ def _search(model: Opened, index: Index | None) -> None:
         with gr.Column(min_width=280):
             words = _line("Words", "what shall be in the picture")
             ask = gr.Button("Search by words", variant="primary")
+            most = gr.Slider(1, MANY, FEW, step=1, label="Results")
         with gr.Column(min_width=280):
             image = _image()
             like = gr.Button("Search by image")
-    most = gr.Slider(1, MANY, FEW, step=1, label="Results")
     out = _out()
     _on([ask.click, words.submit], by_words, [words, most], out)
     _on([like.click], by_image, [image, most], out)

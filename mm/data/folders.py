@@ -25,6 +25,11 @@ class FolderSet:
     """The samples of such a folder, sorted by path: `len`, `[i]`, iteration. Hidden files, and what is no image by its
     name, are passed over."""
 
+    @staticmethod
+    def fetching() -> str:
+        """As `ShardSet.fetching`: a folder lies here."""
+        return ""
+
     def __init__(self, folder: str | Path) -> None:
         """Raises UserError: no images, a class without images, classes beside images, or a folder that cannot be
         read."""

@@ -21,6 +21,7 @@ from mm.data.index import BLOCK, DamagedIndex, ShardIndex, open_index, open_regu
 from mm.data.remote import RemoteConfig, is_remote
 from mm.data.remote.cache import Cache
 from mm.data.remote.prefetch import Prefetch
+from mm.data.remote.under_way import under_way
 from mm.errors import UserError
 
 LARGEST_SAMPLE = 2**30  # bytes of all members
@@ -103,6 +104,10 @@ class ShardSet:
             self._prefetch = Prefetch(self._cache, self._cache.config.downloads)
         if self._prefetch is not None:
             self._prefetch.want(urls)
+
+    def fetching(self) -> str:
+        """Which shards this node is fetching, for a person; "" where none."""
+        return under_way(self._cache.folder) if self.lie_elsewhere else ""
 
     def __len__(self) -> int:
         return int(self.sizes.sum())

@@ -173,6 +173,10 @@ class Stream:
             )
         return lines
 
+    def fetching(self) -> str:
+        """Which shards this node is fetching, for a person; "" where none. All data sets have one cache."""
+        return next(filter(None, (part.shards.fetching() for part in self.parts)), "")
+
     def __iter__(self) -> Iterator[StreamBatch]:
         workers = self.config.workers
         loader: DataLoader[Any] = DataLoader(

@@ -48,6 +48,10 @@ class Streams:
             for line in stream.describe(steps * stream.global_batch)
         ]
 
+    def fetching(self) -> str:
+        """As `Stream.fetching`, of the first that fetches."""
+        return next(filter(None, (stream.fetching() for stream in self.streams.values())), "")
+
     def __iter__(self) -> Iterator[StreamBatch]:
         for batches in zip(*self.streams.values(), strict=True):
             micro = [

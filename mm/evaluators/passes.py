@@ -119,7 +119,7 @@ def pass_over(
     at_once = config.batch * distributed.world_size()
 
     def rows() -> Iterator[Tensor]:
-        batches = progress.waits(take(loader, TIMEOUT_S))
+        batches = progress.waits(take(loader, TIMEOUT_S), samples.fetching)
         for done, (j, (batch, facts)) in enumerate(zip(own, batches, strict=True)):
             progress.to(done * at_once)
             on_device = {

@@ -31,6 +31,7 @@ from mm.export.projection import after, matrix
 from mm.log import message
 from mm.models.folder import Model
 from mm.models.two_tower import TwoTower, TwoTowerOutput
+from mm.progress import Wait
 
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # PIL's numbers
 DUAL = "vision-text-dual-encoder"
@@ -64,7 +65,7 @@ def export_transformers(model: Model, config: ExportConfig) -> None:
     image, text = image_part(towers), text_part(towers)
     family = _family(towers, image, text)
     with new_folder(config.out) as folder, quiet_transformers():
-        with readable("transformers"):
+        with Wait("opened with transformers and compared"), readable("transformers"):
             network = _network(family, image, text, towers.dim, output)
             network.save_pretrained(folder)
             _processor(family, towers).save_pretrained(folder)

@@ -28,6 +28,7 @@ from mm.log import message
 from mm.models.folder import DESCRIPTION, TOKENIZER, Model, describe
 from mm.models.onnx import REST, TOWERS, graph_file, require_packages, towers_prefix
 from mm.models.two_tower import TwoTower
+from mm.progress import Wait
 
 if TYPE_CHECKING:
     from mm.export import ExportConfig
@@ -72,8 +73,9 @@ def export_onnx(
         differences = {}
         for name in TOWERS:
             file = folder / graph_file(name)
-            write_graph(towers, name, file, opset)
-            differences[name] = compare(towers, name, file)
+            with Wait(f"{file.name} is written and compared"):
+                write_graph(towers, name, file, opset)
+                differences[name] = compare(towers, name, file)
             held |= weights_in(file, towers)
             message(
                 f"{file.name}: within {differences[name]:.1g} of the model for batches of "

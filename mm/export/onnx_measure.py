@@ -18,6 +18,7 @@ from mm.log import message
 from mm.models.folder import describe
 from mm.models.onnx import TOWERS, graph_file, towers_of
 from mm.models.two_tower import TwoTower, inference
+from mm.progress import Wait
 
 CALIBRATION = 128  # images
 SYNTHETIC = 64  # images, where there is no set
@@ -132,7 +133,8 @@ def _some_images(towers: TwoTower, config: SetConfig) -> Tensor:
 
 def _quantize(folder: Path, name: str, pixels: Tensor | None) -> dict[str, Any]:
     target = folder / graph_file(name, True)
-    kind = quantize(folder / graph_file(name), target, pixels if name == "image" else None)
+    with Wait(f"{target.name} is made"):
+        kind = quantize(folder / graph_file(name), target, pixels if name == "image" else None)
     calibrated = {"calibrated_on": len(pixels)} if kind == "static" and pixels is not None else {}
     return {"file": target.name, "kind": kind, "about": KINDS[kind], **calibrated}
 

@@ -32,6 +32,7 @@ from mm.export.projection import after, matrix
 from mm.log import message
 from mm.models.folder import Model
 from mm.models.two_tower import TwoTower
+from mm.progress import Wait
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -97,7 +98,7 @@ def export_open_clip(model: Model, config: ExportConfig) -> None:
             described = json.dumps({**image.described, **text.described}, indent=2)
             (folder / "config.json").write_text(described + "\n", encoding="utf-8")
         towers.text.tokenizer.save(folder)
-        with readable("open_clip"):
+        with Wait("opened with open_clip and compared"), readable("open_clip"):
             difference = compare(towers, _opened(folder, image.at(str(folder)), text.at(str(folder))))
         pointers = [*image.pointer, *text.pointer]
         write_card(
