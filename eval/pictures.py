@@ -189,12 +189,12 @@ def _resume(config: PicturesConfig, browser: "Browser") -> None:
     curves = [
         Curve("left alone", list(found.alone.items()), "raw"),
         Curve("killed and started again", list(found.killed.items()), "c1", thin=True),
-        Curve("SIGKILL", [(samples, found.alone[samples]) for samples, _ in found.kills], "c2", dots=True),
     ]
+    kills = [Curve("SIGKILL", [(samples, found.alone[samples])], "c2") for samples, _ in found.kills]
     for scheme in SCHEMES:
-        drawn = plot(curves, size=(1030, 330))
+        drawn = plot([*curves, *kills], size=(1030, 330))
         with tempfile.NamedTemporaryFile("w", suffix=".html") as file:
-            file.write(document("resume", [f"<figure>{keys(curves)}{drawn}</figure>"]))
+            file.write(document("resume", [f"<figure>{keys([*curves, kills[0]])}{drawn}</figure>"]))
             file.flush()
             with _seen(browser, Path(file.name).as_uri(), scheme) as page:
                 save(config.out, f"resume-{scheme}", page.locator("figure").screenshot())

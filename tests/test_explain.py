@@ -1,6 +1,7 @@
 """Explanations: the published formulas in plain form, every kind of tower, and a planted reason that must be found."""
 
 import io
+import itertools
 import json
 
 import numpy as np
@@ -17,8 +18,8 @@ from mm.encoders.tokenizer import OpenClipTokenizer
 from mm.errors import UserError
 from mm.explain import ExplainConfig, run
 from mm.explain.attention import Attentions, relevance
-from mm.explain.explanation import explain_answer, explain_class, explain_text
-from mm.explain.faithfulness import STEPS, faithfulness, series
+from mm.explain.explanation import explain_answer, explain_class, explain_text, shares_of
+from mm.explain.faithfulness import STEPS, faithfulness, series, word_faithfulness
 from mm.explain.maps import image_map, layer_cam, watched
 from mm.explain.picture import SIDE, draw, overlay
 from mm.fusion import FusionConfig, build_fusion
@@ -290,6 +291,37 @@ def test_words_are_whole():
         assert tokenizer.words("")[0] == []
 
 
+def test_a_word_has_the_share_that_the_score_loses_without_it():
+    worth = torch.tensor([3.0, -2.0, 1.0, 0.0])
+    assert shares_of(lambda left: left.float() @ worth, 4) == pytest.approx([0.75, 0, 0.25, 0])
+    assert shares_of(lambda left: -left.float() @ worth.clamp(min=0), 4) == [0, 0, 0, 0]
+    assert shares_of(lambda left: left.float().sum(1), 0) == []
+
+
+def test_words_are_taken_by_their_shares(finder):
+    """The order of the shares against all orders there are, in plain form; the control is their mean."""
+    image = planted(1, finder.image.size[0])[0]
+    found = explain_text(finder, image, "a green square", ["a blue square", "a red square"])
+    assert dict(found.words)["green"] == max(dict(found.words).values())
+    direction = finder.encode_text(["a blue square", "a red square"]).mean(0)
+    row = finder.encode_image([image])[0]
+
+    def mean(order):
+        words, scores = ["a", "green", "square"], []
+        for lost in (None, *order):
+            words = [word for word in words if word != lost]
+            scores.append((finder.encode_text([" ".join(words)])[0] - direction).dot(row).item())
+        return np.mean(scores), scores
+
+    by_share = sorted(dict(found.words), key=lambda word: -dict(found.words)[word])
+    test = word_faithfulness(found, draws=200)
+    assert test.deletion == pytest.approx(mean(by_share)[0], abs=1e-5)
+    assert (test.whole, test.nothing) == pytest.approx(tuple(mean(by_share)[1][i] for i in (0, -1)), abs=1e-5)
+    every = [mean(order)[0] for order in itertools.permutations(by_share)]
+    assert test.random_deletion == pytest.approx(np.mean(every), abs=np.std(every) / 4)
+    assert test.deletion < test.random_deletion
+
+
 def test_pixels_are_taken_by_their_heat():
     image, other = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((3, 4, 4), 9, dtype=torch.uint8)
     heat = torch.arange(16.0).view(4, 4)
@@ -336,7 +368,11 @@ def test_every_published_family_is_explained(family, tmp_path):
     assert found.score == pytest.approx(expected, abs=1e-5)
     assert found.cells.shape == shape and found.heat.max() > 0
     assert [word for word, _ in found.words] == text.split()
-    assert sum(share for _, share in found.words) == pytest.approx(1)
+    shares = sum(share for _, share in found.words)
+    assert shares == 0 or shares == pytest.approx(1)  # of random weights
+    without = model.encode_text(["a dog"])
+    lacking = found.of_words(torch.tensor([[True, False, True]])).item()
+    assert lacking == pytest.approx((model.encode_image([image]) * without).sum().item(), abs=1e-5)
 
 
 def test_the_command_writes_a_picture_and_says_what_it_means(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Why a model decided so: heat over the image and shares of the words, as a picture (`mm explain`).
 
-By gradient-weighted attention in transformers, LayerCAM in networks of convolutions; whether it is right is measured by
-taking away what was marked (`faithfulness`).
+By gradient-weighted attention in transformers, LayerCAM in networks of convolutions, and erasure of words; whether it is
+right is measured by taking away what was marked (`faithfulness`).
 """
 
 from pathlib import Path
@@ -57,7 +57,7 @@ def run(config: ExplainConfig) -> "Explanation":
 
     Raises UserError: the model cannot do what is asked, the image is none, or the picture cannot be written.
     """
-    from mm.explain.faithfulness import faithfulness
+    from mm.explain.faithfulness import faithfulness, word_faithfulness
     from mm.explain.picture import draw
     from mm.files import write_atomically
     from mm.models.opening import open_model
@@ -73,6 +73,12 @@ def run(config: ExplainConfig) -> "Explanation":
     print(f"{found.what} {found.score:.4f}")
     if found.words:
         print("words: " + ", ".join(f"{word} {share:.0%}" for word, share in found.words))
+    if len(found.words) > 1:
+        words = word_faithfulness(found)
+        print(
+            f"all words {words.whole:.4f}, none {words.nothing:.4f}; on average, those of the largest shares away first "
+            f"{words.deletion:.4f} (in random orders {words.random_deletion:.4f})"
+        )
     test = faithfulness(found)
     print(
         f"whole image {test.whole:.4f}, blurred {test.nothing:.4f}; on average, the marked pixels blurred first "

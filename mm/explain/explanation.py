@@ -10,17 +10,21 @@ from PIL import Image
 from torch import Tensor
 
 from mm.errors import UserError
-from mm.explain.attention import relevance
 from mm.explain.maps import image_map, watched
 from mm.models.folder import Model
 from mm.models.fused import find_head, read_features
 from mm.models.heads import AnswerHead, ClassHead
-from mm.models.two_tower import eval_mode, inference
+from mm.models.two_tower import batches, eval_mode, inference
 
 PATH = (0.25, 0.5, 0.75, 1.0)  # from the blurred image to the image itself
 
+AT_ONCE = 16  # texts that lack words, read together
+
 Score = Callable[[Tensor], Tensor]
 """Images (N, 3, S, S), uint8 or float in [0, 1] -> (N,)."""
+
+Scores = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Images (N or 1, 3, S, S), ids and mask (N or 1, L) of texts -> (N,)."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,12 @@ class Explanation:
     cells: Tensor
     """(h, w) 0 or more: the same for each patch, or place of the map that was read."""
     words: list[tuple[str, float]]
-    """The words that were read with it, and their shares in [0, 1]; of sum 1, or 0 where none speaks for the score."""
+    """The words that were read with it, and their shares in [0, 1] of what the score loses without each of them; of sum
+    1, or 0 where none speaks for the score."""
     of_images: Score
     """The same score of other images of that size."""
+    of_words: Score
+    """The same score with some of the words alone: (N, W) bool -> (N,)."""
 
 
 def explain_text(
@@ -47,15 +54,14 @@ def explain_text(
 ) -> Explanation:
     """Why an image and a text are near: their cosine, less the mean of those with the texts `against`."""
     towers = model.towers
-    ids, mask = _token_ids(model, text)
-    others = towers.encode_text(list(against)).mean(0).to(ids.device) if against else 0.0
+    others = towers.encode_text(list(against)).mean(0) if against else torch.zeros(())
 
-    def score(images: Tensor) -> Tensor:
-        found = towers(images=images.to(ids.device), input_ids=ids, mask=mask)
-        return (found.image * (found.text - others)).sum(1)
+    def scores(images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        found = towers(images=images, input_ids=ids, mask=mask)
+        return (found.image * (found.text - others.to(found.text))).sum(1)
 
     less = f" rather than {', '.join(against)}" if against else ""
-    return _explained(model, f"{text}{less}: cosine", image, score, text)
+    return _explained(model, f"{text}{less}: cosine", image, scores, text)
 
 
 def explain_answer(
@@ -68,15 +74,14 @@ def explain_answer(
     """Why a model gives an answer to a question about an image: the answer's logit, less the mean of all; the answer
     that it gives, without one."""
     chosen = find_head(model, AnswerHead, head)
-    ids, mask = _token_ids(model, question)
 
-    def logits(images: Tensor) -> Tensor:
-        some = len(images)
-        batch = {"images": images.to(ids.device)}
+    def logits(images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        some = max(len(images), len(ids))
+        batch = {"images": images.expand(some, -1, -1, -1)}
         batch |= {"input_ids": ids.expand(some, -1), "mask": mask.expand(some, -1)}
         return chosen(read_features(model.towers, batch, chosen.modalities)).logits
 
-    place = _place(chosen.answers, answer, "answer", model, image, logits)
+    place = _place(chosen.answers, answer, "answer", model, image, logits, question)
     what = f"{question} {chosen.answers[place]}: logit above the mean"
     return _explained(model, what, image, _above_the_mean(logits, place), question)
 
@@ -86,10 +91,9 @@ def explain_class(
 ) -> Explanation:
     """Why a head finds a class in an image: its logit, less the mean of all; the class that it finds, without one."""
     chosen = find_head(model, ClassHead, head)
-    device = next(model.parameters()).device
 
-    def logits(images: Tensor) -> Tensor:
-        return chosen(read_features(model.towers, {"images": images.to(device)}, chosen.modalities))
+    def logits(images: Tensor, *_: Tensor) -> Tensor:
+        return chosen(read_features(model.towers, {"images": images}, chosen.modalities))
 
     place = _place(chosen.classes, label, "class", model, image, logits)
     what = f"{chosen.classes[place]}: logit above the mean"
@@ -105,14 +109,33 @@ def blur(image: Tensor) -> Tensor:
 
 
 def _explained(
-    model: Model, what: str, image: Image.Image | Tensor, score: Score, text: str | None = None
+    model: Model, what: str, image: Image.Image | Tensor, scores: Scores, text: str = ""
 ) -> Explanation:
-    """The heat is averaged on the way from the blurred image to the image, as integrated gradients are (Sundararajan et
-    al. 2017, arXiv:1703.01365): where a score is near its highest it is flat, and its gradient says little."""
-    pixels = model.towers.pixels([image])
+    """The words by erasure (Li, Monroe, Jurafsky 2016, arXiv:1612.08220): their shares are of what the score loses
+    without each. The heat is averaged on the way from the blurred image to the image, as integrated gradients are
+    (Sundararajan et al. 2017, arXiv:1703.01365): near its highest a score is flat, and its gradient says little."""
+    tokenizer, device = model.towers.text.tokenizer, next(model.parameters()).device
+    pixels, ids = model.towers.pixels([image]), tokenizer(text)
+    read = [one.to(device) for one in tokenizer.pad([ids])]
+    words, of = tokenizer.words(text)
     whole, blurred = pixels.float() / 255, blur(pixels[0]).float() / 255
+
+    def score(images: Tensor) -> Tensor:
+        return scores(images.to(device), *read)
+
+    def of_words(left: Tensor) -> Tensor:
+        rows = [
+            [one for one, word in zip(ids, of, strict=True) if word is None or row[word]]
+            for row in left.tolist()
+        ]
+        with inference(model):
+            found = [
+                scores(pixels.to(device), *(one.to(device) for one in tokenizer.pad(some)))
+                for some in batches(rows, AT_ONCE)
+            ]
+        return torch.cat(found).cpu()
+
     with eval_mode(model), torch.enable_grad():  # whatever holds outside
-        words = [] if text is None else _words(model, text, score, pixels)
         maps = []
         for share in PATH:
             with watched(model.towers.image) as seen:
@@ -127,33 +150,34 @@ def _explained(
         0, 0
     ]
     return Explanation(
-        what, of_images(pixels).item(), pixels[0], heat / heat.max().clamp(min=1e-30), cells, words, of_images
+        what,
+        of_images(pixels).item(),
+        pixels[0],
+        heat / heat.max().clamp(min=1e-30),
+        cells,
+        list(zip(words, shares_of(of_words, len(words)), strict=True)),
+        of_images,
+        of_words,
     )
 
 
-def _words(model: Model, text: str, score: Score, pixels: Tensor) -> list[tuple[str, float]]:
-    """The words and their shares; none where the text tower shows no attention."""
-    words, of = model.towers.text.tokenizer.words(text)
-    with watched(model.towers.text) as read:
-        value = score(pixels)
-    if not words or not read.attentions.joined():
+def shares_of(of_words: Score, words: int) -> list[float]:
+    """Of each word in what the score loses without one of them; a word without which it gains has none."""
+    if not words:
         return []
-    shares = [0.0] * len(words)
-    for one, word in zip(relevance(value, read.attentions).tolist(), of):
-        if word is not None:
-            shares[word] += one
-    total = sum(shares) or 1.0
-    return [(word, share / total) for word, share in zip(words, shares, strict=True)]
+    found = of_words(torch.cat([torch.ones(1, words), 1 - torch.eye(words)]).bool())
+    lost = (found[0] - found[1:]).double().clamp(min=0)
+    return (lost / lost.sum().clamp(min=1e-30)).tolist()
 
 
-def _above_the_mean(logits: Score, place: int) -> Score:
+def _above_the_mean(logits: Scores, place: int) -> Scores:
     """One column of (N, C), less the mean of all: what speaks for it rather than for something else."""
 
-    def score(images: Tensor) -> Tensor:
-        found = logits(images)
+    def scores(images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        found = logits(images, ids, mask)
         return found[:, place] - found.mean(1)
 
-    return score
+    return scores
 
 
 def _place(
@@ -162,21 +186,18 @@ def _place(
     what: str,
     model: Model,
     image: Image.Image | Tensor,
-    logits: Score,
+    logits: Scores,
+    text: str = "",
 ) -> int:
     """Where what is to be explained is among what the model knows: what it says itself, if nothing is given."""
     if given is None:
-        with inference(model):
-            return int(logits(model.towers.pixels([image]))[0].argmax())
+        with inference(model) as device:
+            ids, mask = model.towers.token_ids([text])
+            pixels = model.towers.pixels([image])
+            return int(logits(pixels.to(device), ids.to(device), mask.to(device))[0].argmax())
     if given not in known:
         near = difflib.get_close_matches(given, known, n=3, cutoff=0.3) or known[:3]
         raise UserError(
             f"the model has no {what} {given!r} among its {len(known)}; near are {', '.join(near)}"
         )
     return known.index(given)
-
-
-def _token_ids(model: Model, text: str) -> tuple[Tensor, Tensor]:
-    device = next(model.parameters()).device
-    ids, mask = model.towers.token_ids([text])
-    return ids.to(device), mask.to(device)

@@ -61,6 +61,30 @@ def faithfulness(
     )
 
 
+class WordFaithfulness(NamedTuple):
+    """Scores, averaged over texts of which ever more words are away, from none to all."""
+
+    deletion: float
+    """Those of the largest shares first: the lower the better."""
+    random_deletion: float
+    """In random orders."""
+    whole: float
+    nothing: float
+
+
+def word_faithfulness(explanation: Explanation, seed: int = 0, draws: int = 4) -> WordFaithfulness:
+    """The deletion test of the words' shares, and of `draws` random orders."""
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.tensor([share for _, share in explanation.words])
+    orders = [shares.argsort(descending=True, stable=True)]
+    orders += [torch.randperm(len(shares), generator=generator) for _ in range(draws)]
+    ranks = torch.stack([order.argsort() for order in orders])  # (1 + draws, W): when each word goes
+    left = ranks[:, None] >= torch.arange(len(shares) + 1)[None, :, None]
+    found = explanation.of_words(left.flatten(0, 1)).view(len(orders), -1)
+    means = found.double().mean(1)
+    return WordFaithfulness(means[0].item(), means[1:].mean().item(), found[0, 0].item(), found[0, -1].item())
+
+
 def series(image: Tensor, other: Tensor, heat: Tensor) -> Tensor:
     """(STEPS + 1, 3, S, S): the image, and with ever more of the hottest pixels of another one, up to all of them."""
     rank = heat.flatten().argsort(descending=True, stable=True).argsort().view(heat.shape)
