@@ -23,7 +23,7 @@ from mm.config import Config, parse
 from mm.errors import UserError
 from mm.report.console import show_table
 from mm.report.figures import label, shown
-from mm.report.significance import LEVEL, RESAMPLES, Comparison, compare, holm, signed
+from mm.report.significance import LEVEL, RESAMPLES, Comparison, between, compare, holm, signed
 
 WRITERS = (".md", ".csv", ".json")
 
@@ -125,7 +125,6 @@ HEADS = (
 
 def cells(row: Comparison) -> list[str]:
     """The row as text."""
-    difference, low, high = (signed(row.figure, value) for value in (row.difference, row.low, row.high))
     return [
         row.set,
         label(row.figure),
@@ -133,8 +132,8 @@ def cells(row: Comparison) -> list[str]:
         f"{row.units:,}",
         shown(row.figure, row.first),
         shown(row.figure, row.other),
-        difference,
-        f"{low} to {high}",
+        signed(row.figure, row.difference),
+        between(row),
         f"{row.p:.2g}",
         "yes" if row.significant else "no",
     ]

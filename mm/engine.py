@@ -294,8 +294,8 @@ def accumulation(config: EngineConfig, global_batch: int) -> int:
     if share % micro:
         largest = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
         raise UserError(
-            f"a rank's batch of {share} (global batch {global_batch}, {ranks} ranks) is not a multiple of "
-            f"engine.micro_batch={micro}; use micro_batch={largest}, or a global batch with: "
+            f"a rank's batch of {share} (global batch {global_batch} over {ranks}) is not a multiple of "
+            f"engine.micro_batch={micro}; use micro_batch={largest}, or of the global batch: "
             f"{_nearest(global_batch, ranks * micro)}"
         )
     return share // micro

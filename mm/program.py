@@ -5,6 +5,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import select
 import sys
 import threading
 import time
@@ -18,12 +19,14 @@ from mm.errors import Failure, UserError
 _OTHERS_WAIT_S = 3.0  # for rank 0 to raise the same error
 _STORE_LIVES_S = 1.0  # for the others to ask what rank 0 said
 _TEARDOWN_S = 10.0
+_BROKEN_PIPE = 141  # as a shell tells of a program that SIGPIPE ended
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(sys.argv[1:])` as a program and end the process.
 
-    Exit status: 0 done, 1 failed, 2 the user's mistake (UserError: its message alone, once), 130 Ctrl-C.
+    Exit status: 0 done, 1 failed, 2 the user's mistake (UserError: its message alone, once), 130 Ctrl-C,
+    141 nobody reads its output any more.
     """
     prepare_libraries()
     end(status_of(main, sys.argv[1:]))
@@ -54,6 +57,8 @@ def status_of(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print(f"error on rank {_rank()}: {error}" if _rank() != "0" else f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return _BROKEN_PIPE
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" (writing {error.filename})" if error.filename else ""
             print(f"error: the disk is full{where}; earlier checkpoints are intact", file=sys.stderr)
@@ -61,6 +66,13 @@ def status_of(main: Callable[[list[str]], None], argv: list[str]) -> int:
             traceback.print_exc()
         return 1
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout is gone, as `head` is once it has its lines."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def end(status: int) -> NoReturn:

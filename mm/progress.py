@@ -24,8 +24,18 @@ REDRAW_S = 0.25  # between two looks
 LONG_S = 10.0  # a wait for data of which the reason is told
 WIDE = 110  # columns that a terminal must have for a bar beside the figures
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
-_errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+class _Lines(Console):
+    """Work goes on where nobody reads its lines any more; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = _Lines(highlight=False, markup=False, soft_wrap=True)
+_errors = _Lines(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def no_reason() -> str:

@@ -36,7 +36,7 @@ FREE_KEYS = (
     "engine.zero_stage",
     "engine.micro_batch",
     "engine.persist_below",
-    "checkpoint.keep",
+    "checkpoint",
     "model.*.checkpointing",
     "image.checkpointing",
     "text.checkpointing",

@@ -120,3 +120,20 @@ def test_mistakes_are_named(runs, tmp_path):
     (tmp_path / "old.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match="format 1"):
         compare.main([str(tmp_path / "old.json"), str(first / "eval" / "suite.json")])
+
+
+def test_a_single_unit_says_nothing_about_others(tmp_path, capsys):
+    """As the loss of a single batch of pairs is one."""
+    first, second = (
+        write(tmp_path / name, {"loss": (np.array([value]), ["all"])}) for name, value in (("a", 1), ("b", 3))
+    )
+    assert json.loads((first / "eval" / "suite" / "loss.json").read_text())["intervals"] == {}
+    compare.main([str(first), str(second), f"out={tmp_path / 'table.json'}"])
+    assert " to " not in capsys.readouterr().out.partition("differences are")[0]
+    (row,) = json.loads((tmp_path / "table.json").read_text())["comparisons"]
+    assert row["difference"] == 2 and (row["low"], row["high"], row["p"]) == (None, None, 1)
+
+
+def test_a_figure_that_a_set_lacks_is_named(runs, capsys):
+    with pytest.raises(UserError, match="two: mean_per_class is not measured in both"):
+        compare.main([str(runs[0]), str(runs[1]), "figures=[mean_per_class]"])

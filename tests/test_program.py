@@ -69,6 +69,23 @@ def test_a_full_disk_is_one_line() -> None:
     assert err == "error: the disk is full (writing a/b); earlier checkpoints are intact\n"
 
 
+def test_a_reader_that_leaves_ends_what_only_prints_and_not_what_works(tmp_path: Path) -> None:
+    said = 'for i in range(100_000): print("a line of some length", i)'
+    process = start(said)
+    assert process.stdout and process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(60), process.stderr and process.stderr.read()) == (141, "")
+    work = "from mm.log import message\nfor i in range(2_000): message(f'a line of some length {i}')\n"
+    process = start(work + "open(argv[0], 'w').write('done')", str(tmp_path / "done"))
+    assert process.stdout and process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(60), process.stderr and process.stderr.read()) == (0, "")
+    assert (tmp_path / "done").read_text() == "done"
+    broken = "import os, socket\na, b = socket.socketpair()\nb.close()\na.sendall(b'x')"
+    status, _, err = ended(start(broken))
+    assert status == 1 and "BrokenPipeError" in err
+
+
 def test_ctrl_c_is_one_line() -> None:
     process = start("print('ready', flush=True)\ntime.sleep(60)")
     assert process.stdout is not None

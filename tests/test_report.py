@@ -101,6 +101,10 @@ def test_chance_of_recall_is_that_of_random_orders(images, each, k):
         assert figures.chance(found, f"{seen}_to_text_recall@{k}") == pytest.approx(to_text, abs=0.03)
         assert figures.chance(found, f"text_to_{seen}_recall@{k}") == pytest.approx(min(1, k / images))
         assert figures.label(f"text_to_{seen}_recall@{k}") == f"text → {seen}, recall@{k}"
+    # where captions of several images are equal, chance at 1 is higher, and so is it at k
+    told = found | {"image_to_text_chance": 2 / images}
+    twice = (orders[:, :k] < 2 * each).any(axis=1).mean()
+    assert figures.chance(told, f"image_to_text_recall@{k}") == pytest.approx(twice, abs=0.03)
 
 
 def test_everything_from_outside_is_escaped(tmp_path):

@@ -198,9 +198,9 @@ class Loop:
             )
         if self.skipped == SKIPS_IN_A_ROW:
             raise UserError(
-                f"{self.skipped} steps in a row had gradients that are not finite, up to step {self.state.step}. The "
-                f"newest of {self.run / 'checkpoints'} is from before or among them: start a run from there with a "
-                "lower optim.lr, a longer optim.warmup, or engine.grad_clip"
+                f"{self.skipped} steps in a row had gradients that are not finite, up to step {self.state.step}. Start "
+                "another run (out=...) with a lower optim.lr, a longer optim.warmup, or engine.grad_clip; the newest "
+                f"of {self.run / 'checkpoints'} is from before or among them"
             )
 
     def _write_ledger(self) -> None:

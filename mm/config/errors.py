@@ -113,11 +113,14 @@ def _suggest(cls: type[BaseModel], owners: list[Any], path: tuple[Any, ...]) -> 
     close = difflib.get_close_matches(key, beside, n=1)
     if close:
         return f'; did you mean "{dotted((*path[:-1], close[0]))}"?'
+    kind = next(filter(None, (tags(section, "kind") for section in sections(owners))), None)
     everywhere: dict[str, list[str]] = {}
     for known in all_keys([cls]):
         everywhere.setdefault(known.rpartition(".")[2], []).append(known)
+    if kind and any(known.count(".") == len(path) - 1 for known in everywhere.get(key, ())):
+        return f" of kind {show(kind[0])}, though one of others; leave it out"
     close = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
-    return f"; did you mean {' or '.join(map(show, everywhere[close[0]][:3]))}?" if close else ""
+    return f"; did you mean {' or '.join(map(show, dict.fromkeys(everywhere[close[0]])))}?" if close else ""
 
 
 def did_you_mean(value: Any, known: Sequence[Any]) -> str:

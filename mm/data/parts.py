@@ -142,22 +142,20 @@ def find_catalog(part: PartConfig, remote: RemoteConfig) -> tuple[Catalog, list[
     The same on all ranks; so is the UserError for shards that are missing or damaged, and the Failure where
     they cannot be reached.
     """
-    found: dict[str, Any] = {}
     catalog = None
-    if distributed.rank() == 0:
+
+    def find() -> dict[str, Any]:
+        nonlocal catalog
         try:
             catalog, remarks = _find_catalog(part, remote)
-            if distributed.world_size() > 1:
-                sizes = None if catalog.sizes is None else catalog.sizes.tolist()
-                found = {"paths": list(catalog.paths), "sizes": sizes}
-            found["remarks"] = remarks
-        except UserError as error:
-            found = {"mistake": str(error)}
         except OSError as error:
-            found = {"failure": f"the shards of {part.shards} cannot be listed: {error}"}
-    found = distributed.broadcast_object(found)
-    if "mistake" in found:
-        raise UserError(found["mistake"])
+            return {"failure": f"the shards of {part.shards} cannot be listed: {error}"}
+        if distributed.world_size() == 1:
+            return {"remarks": remarks}
+        sizes = None if catalog.sizes is None else catalog.sizes.tolist()
+        return {"paths": list(catalog.paths), "sizes": sizes, "remarks": remarks}
+
+    found = distributed.from_main(find)  # which may index for an hour
     if "failure" in found:
         raise Failure(found["failure"])
     if catalog is None:

@@ -46,7 +46,10 @@ class Outcome:
         return found | self.about
 
     def intervals(self, resamples: int, seed: int) -> dict[str, tuple[float, float]]:
-        """95% bootstrap interval of each figure (percentiles)."""
+        """95% bootstrap interval of each figure (percentiles); none where all samples are one unit, as the pairs of one
+        batch are for its loss: nothing can be drawn."""
+        if len(self.units) == 1:
+            return {}
         values = resampled(self.sampled, len(self.units), resamples, seed)
         return {name: interval(some) for name, some in values.items()}
 

@@ -13,7 +13,7 @@ from mm.report.history import History
 from mm.report.page import NOISY, TRAINING, across
 from mm.report.plots import Curve, plot, smooth
 from mm.report.results import main_row
-from mm.report.significance import LEVEL, RESAMPLES, Comparison, holm, signed
+from mm.report.significance import LEVEL, RESAMPLES, Comparison, between, holm, signed
 from mm.report.significance import compare as compare_results
 
 COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
@@ -168,12 +168,11 @@ def _suite(runs: Sequence[Run], name: str, rows: Sequence[Comparison], notes: Se
 
 def _difference(row: Comparison) -> str:
     said = signed(row.figure, row.difference)
-    between = f"{signed(row.figure, row.low)} to {signed(row.figure, row.high)}"
     better = (row.difference > 0) != figures.less_is_better(row.figure)
     kind, mark = ("up", " ▲") if better else ("down", " ▼")
     if not row.significant:
         kind, mark = "faint", ""
-    return f'<br><span class="{kind}"><b>{said}{mark}</b> <small>{between}</small></span>'
+    return f'<br><span class="{kind}"><b>{said}{mark}</b> <small>{between(row)}</small></span>'
 
 
 def _evaluations(runs: Sequence[Run]) -> str:

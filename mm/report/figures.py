@@ -115,8 +115,11 @@ def chance(figures: Mapping[str, Any], key: str) -> float | None:
     if not recall or not images or not texts:
         return None
     top = int(recall.group(2))
-    # all images taken to have equally many captions
+    # every query taken to have as many right answers as they have on average
     candidates, right = (images, 1.0) if recall.group(1).startswith("text_to_") else (texts, texts / images)
+    at_once = figures.get(f"{recall.group(1)}_chance")
+    if isinstance(at_once, int | float):
+        right = at_once * candidates
     missed = 1.0
     for rank in range(min(top, int(candidates))):
         missed *= max(0.0, 1 - right / (candidates - rank))

@@ -37,9 +37,9 @@ class Comparison:
     other: float
     difference: float
     """The other's figure less the first's."""
-    low: float
-    high: float
-    """95% interval of the difference."""
+    low: float | None
+    high: float | None
+    """95% interval of the difference; None where all samples are one unit."""
     p: float
     significant: bool = False
 
@@ -80,6 +80,9 @@ def compare(
                     f"{name}: {paths[other]} read other samples than {paths[0]}; the common ones are compared"
                 )
             asked = wanted(figures, about[0]["main"], samples[0][0], samples[other][0])
+            if not asked:
+                notes.append(f"{name}: {', '.join(figures) or about[0]['main']} is not measured in both")
+                continue
             pair = paired(samples[0], samples[other], asked)
             if pair is None:
                 notes.append(f"{name}: no samples in common")
@@ -89,6 +92,8 @@ def compare(
             for figure in asked:
                 differences = draws[1][figure] - draws[0][figure]
                 values = first[figure].value, second[figure].value
+                # one unit says nothing about others
+                sure = (*interval(differences), p_value(differences)) if units > 1 else (None, None, 1.0)
                 rows.append(
                     Comparison(
                         name,
@@ -97,8 +102,7 @@ def compare(
                         units,
                         *values,
                         values[1] - values[0],
-                        *interval(differences),
-                        p_value(differences) if units > 1 else 1.0,  # one unit says nothing about others
+                        *sure,
                     )
                 )
     if not rows:
@@ -136,6 +140,13 @@ def holm(rows: Sequence[Comparison], level: float) -> list[Comparison]:
             break
         rejected.add(i)
     return [replace(row, significant=i in rejected) for i, row in enumerate(rows)]
+
+
+def between(row: Comparison) -> str:
+    """The interval as text; empty where there is none."""
+    if row.low is None or row.high is None:
+        return ""
+    return f"{signed(row.figure, row.low)} to {signed(row.figure, row.high)}"
 
 
 def signed(figure: str, value: float) -> str:
