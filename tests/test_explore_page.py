@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 from mm.fusion import FusionConfig, build_fusion
-from mm.fusion.base import Width
+from mm.fusion.base import Fusion, Width
+from mm.models.decoder import DecoderConfig, build_decoder
 from mm.models.folder import save_model
 from mm.models.fused import Fused
-from mm.models.heads import AnswerHead
+from mm.models.heads import AnswerHead, WritingHead, widths
 from tests import tiny, videos
 from tests.dist import launch_program
 from tests.test_explore import HOSTILE, animated, bomb
@@ -45,17 +47,39 @@ class Served(NamedTuple):
     folder: Path
 
 
+def seeing(*modalities: str) -> Fusion:
+    """A random fusion of what tiny towers give."""
+    given = {"image": Width(192, 192), "video": Width(192, 192), "text": Width(32, 32)}
+    config = FusionConfig(kind="merged", width=32, heads=2, layers=1)
+    return build_fusion(config, {name: given[name] for name in modalities})
+
+
+@contextmanager
+def serving(folder: Path, *words: str) -> Iterator[Served]:
+    """The page of eval.explore, started as a user starts it, and ended by Ctrl-C."""
+    given = [*words, "workers=0", "max_upload_mb=1", f"cache={folder / 'cache'}"]
+    process = launch_program("eval.explore", *given, start_new_session=True)
+    try:
+        said = _until(process, r"open (http://127\.0\.0\.1:\d+)")
+        assert "indexed" in said
+        yield Served(re.findall(r"http://127\.0\.0\.1:\d+", said)[-1], folder)
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "stopped" in rest and "Traceback" not in rest, rest
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Iterator[Served]:
     """A model that answers, beside another one, on pictures of colours."""
     folder = tmp_path_factory.mktemp("page")
     towers = tiny.towers()
     torch.manual_seed(0)
-    fusion = build_fusion(
-        FusionConfig(kind="merged", width=32, heads=2, layers=1),
-        {"image": Width(192, 192), "text": Width(32, 32)},
-    )
-    save_model(folder / "run" / "model", Fused(towers, {"vqa": AnswerHead(fusion, answers=ANSWERS)}))
+    answers = AnswerHead(seeing("image", "text"), answers=ANSWERS)
+    save_model(folder / "run" / "model", Fused(towers, {"vqa": answers}))
     save_model(folder / "other" / "model", tiny.towers(1))
     data = folder / "data"
     data.mkdir()
@@ -64,26 +88,27 @@ def served(tmp_path_factory) -> Iterator[Served]:
         (data / f"{tiny.NAMES[i % 4]}{i}.txt").write_text(f"{HOSTILE} <img src=x onerror='{MARK}'>")
     (folder / NAME).write_bytes(tiny.png("red"))
     (folder / "clip.mp4").write_bytes(videos.encode(videos.pictures(6)))
-    words = [
-        f"model={folder / 'run'}",
-        f"other={folder / 'other'}",
-        f"data={data}",
-        "workers=0",
-        "max_upload_mb=1",
-    ]
-    process = launch_program("eval.explore", *words, f"cache={folder / 'cache'}", start_new_session=True)
-    try:
-        said = _until(process, r"open (http://127\.0\.0\.1:\d+)")
-        assert "indexed 8 images" in said
-        url = re.findall(r"http://127\.0\.0\.1:\d+", said)[-1]
-        yield Served(url, folder)
-        process.send_signal(signal.SIGINT)
-        rest, _ = process.communicate(timeout=60)
-        assert process.returncode == 0 and "stopped" in rest and "Traceback" not in rest, rest
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    with serving(folder, f"model={folder / 'run'}", f"other={folder / 'other'}", f"data={data}") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def served_clips(tmp_path_factory) -> Iterator[Served]:
+    """A model that answers questions about clips and describes images, on clips."""
+    folder = tmp_path_factory.mktemp("clips")
+    towers = tiny.towers()
+    torch.manual_seed(0)
+    decoder = build_decoder(
+        DecoderConfig(width=32, layers=1, heads=2, length=6),
+        tokenizer=towers.text.tokenizer,
+        memory_width=widths(towers, ("image",))["image"].tokens,
+    )
+    heads = {"vqa": AnswerHead(seeing("video", "text"), answers=ANSWERS), "writes": WritingHead(decoder)}
+    save_model(folder / "run" / "model", Fused(towers, heads))
+    tiny.clips(folder / "data", 4)
+    (folder / "clip.mp4").write_bytes(videos.encode(videos.pictures(6)))
+    with serving(folder, f"model={folder / 'run'}", f"data={folder / 'data'}") as found:
+        yield found
 
 
 def _until(process, pattern: str) -> str:
@@ -211,6 +236,36 @@ def test_clips(visit, served):
     panel.locator(".mm-bar").first.wait_for()
     assert panel.locator(".mm-bar").count() == 2
     assert panel.get_by_text("data=SHARDS of videos").is_visible()
+
+
+def test_clips_are_searched_asked_about_and_images_described(browser, served_clips):
+    visit = Visit(browser.new_context(), served_clips.url)
+    panel = visit.tab("Clips")
+    panel.get_by_label("Words").fill("it is brighter")
+    panel.get_by_role("button", name="Search clips by words").click()
+    panel.locator(".mm-hit").first.wait_for()
+    assert panel.locator(".mm-hit").count() == 4
+    by_words = panel.locator(".mm-hits").inner_text()
+    visit.upload(panel, served_clips.folder / "clip.mp4")
+    panel.get_by_text("bytes of video").wait_for()
+    panel.get_by_role("button", name="Search clips by the clip").click()
+    playwright.expect(panel.locator(".mm-hits")).not_to_have_text(by_words, timeout=WAIT_MS)
+    assert panel.locator(".mm-hit").count() == 4 and "video" in panel.locator(".mm-hits").inner_text()
+    panel = visit.tab("Ask")
+    visit.upload(panel, served_clips.folder / "clip.mp4")
+    panel.get_by_text("bytes of video").wait_for()
+    panel.get_by_label("Question").fill("which way?")
+    panel.get_by_role("button", name="Ask").click()
+    panel.locator(".mm-answer").wait_for()
+    answered = panel.locator(".mm-answer").inner_text()
+    assert answered in ANSWERS
+    panel.locator("input[type=file]").last.set_input_files(given("a.png", tiny.png("red")))
+    panel.locator("img.mm-seen").wait_for()
+    panel.get_by_role("button", name="Describe").click()
+    written = panel.locator(".mm-answer").filter(has_not_text=answered)
+    written.or_(panel.get_by_text("the model wrote nothing")).wait_for()
+    assert panel.locator("[role=alert]").count() == 0
+    visit.is_unharmed(served_clips.url)
 
 
 def test_compare(visit):

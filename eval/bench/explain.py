@@ -3,7 +3,8 @@
 For images of a set and their captions the deletion and insertion test (`mm.explain.faithfulness`): what the score loses
 on average while the marked pixels are blurred first, beside as many pixels elsewhere, what it gains while they are
 brought back first, and, for captions of three words or more, what it loses while the marked words are left out first,
-beside random orders. With `questions=true` the set holds questions, and answers are explained.
+beside random orders. Left out is what loses nothing when all of it is taken away: no part of that can matter. With
+`questions=true` the set holds questions, and answers are explained.
 """
 
 import statistics
@@ -48,9 +49,11 @@ def measure(config: ExplainBenchConfig) -> dict[str, list[float]]:
     pixels, words = [], []
     for i in range(config.samples):
         explained = explanation(model, samples[i * len(samples) // config.samples], config.questions)
-        pixels.append(faithfulness(explained, seed=i, draws=config.draws))
+        seen = faithfulness(explained, seed=i, draws=config.draws)
+        pixels += [seen] * (seen.whole > seen.nothing)
         if len(explained.words) >= FEWEST_WORDS:
-            words.append(word_faithfulness(explained, seed=i, draws=config.draws))
+            read = word_faithfulness(explained, seed=i, draws=config.draws)
+            words += [read] * (read.whole > read.nothing)
     span = statistics.mean(one.whole - one.nothing for one in pixels)
     found = {
         "deletion": [(one.random_deletion - one.deletion) / span for one in pixels],

@@ -120,12 +120,13 @@ def _ask(model: Opened) -> None:
         question = _line("Question", "what colour is it?")
         go = gr.Button("Ask", variant="primary")
     if model.writes_of is not None:
+        described = _image() if clips else seen
         write = gr.Button("Describe")
     out = _out()
     if model.answers_of is not None:
         _on([go.click, question.submit], answer, [seen, question], out)
     if model.writes_of is not None:
-        _on([write.click], caption, [seen], out)
+        _on([write.click], caption, [described], out)
 
 
 def _clips(model: Opened, index: Index | None) -> None:
