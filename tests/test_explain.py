@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 
 from mm.cli import dispatch
-from mm.encoders.image import ImageConfig, build_image_encoder
+from mm.encoders.image import ImageConfig
+from mm.encoders.registry import build_image_encoder
 from mm.encoders.tokenizer import OpenClipTokenizer
 from mm.errors import UserError
 from mm.explain import ExplainConfig, run

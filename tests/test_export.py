@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from mm import cli
-from mm.encoders.text import TextConfig, build_text_encoder
+from mm.encoders.registry import build_text_encoder
+from mm.encoders.text import TextConfig
 from mm.errors import Failure, UserError
 from mm.export import ExportConfig, clip, compare, run
 from mm.export.bert import known, on_hub, through_pooler

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mm.encoders.image import ImageConfig, build_image_encoder, image_encoder
+from mm.encoders.image import ImageConfig
+from mm.encoders.registry import build_image_encoder, image_encoder
 from mm.encoders.weights import match_by_order, package_folder
 from mm.errors import UserError
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mm import distributed
 from mm.config import Config, load
-from mm.encoders.image import ImageEncoder, image_encoder
+from mm.encoders.image import ImageEncoder
 from mm.encoders.lora import (
     IN_LAYER,
     AttentionInLayers,
@@ -22,6 +22,7 @@ from mm.encoders.lora import (
     lora_scalings,
     merge_lora,
 )
+from mm.encoders.registry import image_encoder
 from mm.encoders.text import TextEncoder
 from mm.engine import Engine, EngineConfig
 from mm.errors import UserError

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import normalize
 from transformers import AutoTokenizer
 
-from mm.encoders.image import ImageConfig, build_image_encoder
+from mm.encoders.image import ImageConfig
 from mm.encoders.open_clip import OpenClipTextEncoder
-from mm.encoders.text import TextConfig, build_text_encoder
+from mm.encoders.registry import build_image_encoder, build_text_encoder
+from mm.encoders.text import TextConfig
 from mm.encoders.weights import package_folder
 from mm.errors import UserError
 from mm.models.folder import load_model, save_model

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import normalize
 
 from mm.encoders import open_clip_source
-from mm.encoders.image import ImageConfig, build_image_encoder
-from mm.encoders.text import TextConfig, build_text_encoder, text_encoder
+from mm.encoders.image import ImageConfig
+from mm.encoders.registry import build_image_encoder, build_text_encoder, text_encoder
+from mm.encoders.text import TextConfig
 from mm.errors import UserError
 from mm.losses import contrastive
 from mm.models.adapt import ImageAdaptation, TextAdaptation, adapt

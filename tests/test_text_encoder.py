@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
-from mm.encoders.text import TextConfig, build_text_encoder
+from mm.encoders.registry import build_text_encoder
+from mm.encoders.text import TextConfig
 from mm.encoders.weights import package_folder
 from mm.errors import UserError
 

@@ -13,8 +13,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from mm.encoders.image import ImageConfig, build_image_encoder, image_encoder
-from mm.encoders.text import TextConfig, build_text_encoder
+from mm.encoders.image import ImageConfig
+from mm.encoders.registry import build_image_encoder, build_text_encoder, image_encoder
+from mm.encoders.text import TextConfig
 from mm.errors import UserError
 from mm.losses import contrastive
 from mm.models.adapt import ImageAdaptation, TextAdaptation, adapt

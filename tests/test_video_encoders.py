@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torchvision.models.video import r2plus1d_18
 
-from mm.encoders.image import ImageConfig, build_image_encoder
+from mm.encoders.image import ImageConfig
 from mm.encoders.lora import LoraConfig, add_lora
+from mm.encoders.registry import build_image_encoder
 from mm.encoders.video import (
     VIDEO_ENCODERS,
     ClipConfig,

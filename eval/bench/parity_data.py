@@ -16,7 +16,8 @@ from mm.data.shards import ShardSet
 from mm.data.stream import Stream, StreamConfig
 from mm.data.transforms import AugmentConfig, EvalTransform, TrainTransform
 from mm.data.writer import ShardWriter
-from mm.encoders.image import ImageConfig, build_image_encoder
+from mm.encoders.image import ImageConfig
+from mm.encoders.registry import build_image_encoder
 
 
 def initial_weights(towers: Path, seed: int) -> Path:

@@ -171,44 +171,13 @@ def check_multiple(size: int, patch: int, name: str) -> None:
         raise UserError(f"size {size} does not fit {name}: it must be a multiple of {patch}; use {fit}")
 
 
-def build_image_encoder(config: ImageConfig) -> ImageEncoder:
-    """The encoder that `config` describes, with its weights.
-
-    Raises UserError for what does not exist or fit.
-    """
-    if config.unlock_last and not config.lock:
-        raise UserError(f"unlock_last {config.unlock_last} says nothing without lock: true")
-    if config.name.startswith(OPEN_CLIP):
-        from mm.encoders.open_clip import build_open_clip_image
-
-        encoder: ImageEncoder = build_open_clip_image(config)
-    elif config.name.startswith(TRANSFORMERS):
-        from mm.encoders.transformers_clip import build_transformers_image
-
-        encoder = build_transformers_image(config)
-    else:
-        encoder = _build_timm(config)
-    if config.frozen_batchnorm:
-        encoder.freeze_batchnorm()
-    if config.lock:
-        encoder.lock(config.unlock_last)
-    return encoder
-
-
-def image_encoder(spec: dict[str, Any]) -> ImageEncoder:
-    """The encoder of a `spec`, with random weights: needs no file and no network."""
-    if spec["kind"] == "open_clip":
-        from mm.encoders.open_clip import OpenClipImageEncoder
-
-        return OpenClipImageEncoder(spec)
-    if spec["kind"] == "transformers":
-        from mm.encoders.transformers_clip import TransformersImageEncoder
-
-        return TransformersImageEncoder(spec)
+def image_of(spec: dict[str, Any]) -> TimmEncoder:
+    """The tower of a `spec`, with random weights."""
     return TimmEncoder(spec)
 
 
-def _build_timm(config: ImageConfig) -> TimmEncoder:
+def build_image(config: ImageConfig) -> TimmEncoder:
+    """timm's network of that name, with its weights. Raises UserError for what does not exist or fit."""
     import timm
 
     if not timm.is_model(config.name):
@@ -299,6 +268,7 @@ def trouble(encoder: ImageEncoder) -> str | None:
 
 def _sizes_that_fit(encoder: ImageEncoder) -> list[int]:
     """The nearest multiples of 32 below and above the encoder's size that its network takes, if near."""
+    again: Any = type(encoder)
     found = []
     for sizes in (
         range((encoder.size[0] - 1) // 32 * 32, 0, -32),
@@ -306,7 +276,7 @@ def _sizes_that_fit(encoder: ImageEncoder) -> list[int]:
     ):
         for size in islice(sizes, 4):
             with suppress(UserError):
-                if trouble(image_encoder(encoder.respecified(size=size))) is None:
+                if trouble(again(encoder.respecified(size=size))) is None:
                     found.append(size)
                     break
     return found

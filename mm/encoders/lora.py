@@ -184,10 +184,10 @@ def _targets(encoder: ImageEncoder | TextEncoder, wanted: tuple[str, ...] | None
         ]
         if not chosen:
             others = dict.fromkeys(_end(n) for n, m in modules.items() if m in called and not _obstacle(m))
-            raise UserError(
-                f"the blocks of {model} have no linear layers for LoRA; give lora.targets, such as "
-                f"{', '.join(list(others)[-5:])}"
+            give = (
+                f"give lora.targets, such as {', '.join(list(others)[-5:])}" if others else "leave lora out"
             )
+            raise UserError(f"the blocks of {model} have no linear layers for LoRA; {give}")
         return chosen
     layers = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
     found: dict[str, None] = {}

@@ -142,7 +142,7 @@ class OpenClipTextEncoder(TextEncoder):
         return [[f"trunk.{name}" for name in group] for group in _projection_apart(groups, "text_projection")]
 
 
-def build_open_clip_image(config: ImageConfig) -> OpenClipImageEncoder:
+def build_image(config: ImageConfig) -> OpenClipImageEncoder:
     """The image tower that `config` names, with its weights."""
     if config.pooling != "auto" or config.drop_path is not None or config.kwargs:
         raise UserError(
@@ -151,7 +151,7 @@ def build_open_clip_image(config: ImageConfig) -> OpenClipImageEncoder:
     return _image(config, find_source(config.name, config.pretrained))
 
 
-def build_open_clip_text(config: TextConfig) -> OpenClipTextEncoder:
+def build_text(config: TextConfig) -> OpenClipTextEncoder:
     """The text tower that `config` names, with its weights and tokenizer."""
     own = ("layers", "width", "heads", "dropout", "tokenizer")
     given = [key for key in own if getattr(config, key) is not None]
@@ -234,6 +234,16 @@ def _text(config: TextConfig, source: Source, whole: Any = None) -> OpenClipText
     with from_hub(f"the tokenizer of {config.name}"):
         tokenizer = load_tokenizer(spec, source.folder)
     return OpenClipTextEncoder(spec, tokenizer, trunk)
+
+
+def image_of(spec: dict[str, Any]) -> OpenClipImageEncoder:
+    """The tower of a `spec`, with random weights."""
+    return OpenClipImageEncoder(spec)
+
+
+def text_of(spec: dict[str, Any], tokenizer_folder: Path) -> OpenClipTextEncoder:
+    """The tower of a `spec`, with random weights. Raises OSError where the tokenizer is not in that folder."""
+    return OpenClipTextEncoder(spec, load_tokenizer(spec, tokenizer_folder))
 
 
 def load_tokenizer(spec: dict[str, Any], folder: Path | None) -> OpenClipTokenizer:

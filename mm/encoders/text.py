@@ -18,7 +18,7 @@ from mm.encoders.hf import (
     positions_of,
     quiet_transformers,
 )
-from mm.encoders.image import OPEN_CLIP, TRANSFORMERS, changed
+from mm.encoders.image import changed
 from mm.encoders.tokenizer import Tokenizer, hf_tokenizer
 from mm.encoders.tower import Tower, layers_around_blocks
 from mm.encoders.weights import (
@@ -153,51 +153,13 @@ class BertEncoder(TextEncoder):
         return [[f"trunk.{name}" for name in group] for group in groups]
 
 
-def build_text_encoder(config: TextConfig) -> TextEncoder:
-    """The encoder that `config` describes, with its weights.
-
-    Raises UserError for what does not exist or fit.
-    """
-    if config.unlock_last and not config.lock:
-        raise UserError(f"unlock_last {config.unlock_last} says nothing without lock: true")
-    if config.name.startswith(OPEN_CLIP):
-        from mm.encoders.open_clip import build_open_clip_text
-
-        encoder: TextEncoder = build_open_clip_text(config)
-    elif config.name.startswith(TRANSFORMERS):
-        from mm.encoders.transformers_clip import build_transformers_text
-
-        encoder = build_transformers_text(config)
-    else:
-        encoder = _build_bert(config)
-    if config.lock:
-        encoder.lock(config.unlock_last)
-    return encoder
+def text_of(spec: dict[str, Any], tokenizer_folder: Path) -> BertEncoder:
+    """The tower of a `spec`, with random weights. Raises OSError where the tokenizer is not in that folder."""
+    return BertEncoder(spec, Tokenizer(hf_tokenizer(str(tokenizer_folder)), spec["context_length"]))
 
 
-def text_encoder(spec: dict[str, Any], tokenizer_folder: Path) -> TextEncoder:
-    """The encoder of a `spec`, with random weights and the tokenizer in a folder: needs no network.
-
-    Raises UserError where the tokenizer is not there.
-    """
-    try:
-        if spec["kind"] == "open_clip":
-            from mm.encoders.open_clip import OpenClipTextEncoder, load_tokenizer
-
-            return OpenClipTextEncoder(spec, load_tokenizer(spec, tokenizer_folder))
-        words = Tokenizer(hf_tokenizer(str(tokenizer_folder)), spec["context_length"])
-    except OSError as error:  # transformers takes a folder that is not there for a hub's name
-        raise UserError(
-            f"the tokenizer of {spec['name']} is not in {tokenizer_folder}: copy the model's folder again, as a whole"
-        ) from error
-    if spec["kind"] == "transformers":
-        from mm.encoders.transformers_clip import TransformersTextEncoder
-
-        return TransformersTextEncoder(spec, words)
-    return BertEncoder(spec, words)
-
-
-def _build_bert(config: TextConfig) -> BertEncoder:
+def build_text(config: TextConfig) -> BertEncoder:
+    """The encoder of transformers of that name, with its weights. Raises UserError for what does not exist or fit."""
     if isinstance(config.pretrained, str):
         raise UserError(
             f"pretrained: {config.pretrained!r} is for open_clip; {config.name} takes true or false"
@@ -270,7 +232,7 @@ def _hf_config(name: str, source: str) -> Any:
         with from_hub(f"the text model {name!r}"):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except UserError as error:
-        close = [near for near in difflib.get_close_matches(name, KNOWN, n=3) if near != name]
+        close = [] if name in KNOWN else difflib.get_close_matches(name, KNOWN, n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(f"{hint}{error}; {' and '.join(PRESETS)} with tokenizer: need no network") from error
     if config.is_encoder_decoder:

@@ -25,7 +25,7 @@ from mm.encoders.image import (
 )
 from mm.encoders.text import DROPOUTS, TextConfig, TextEncoder, check_context
 from mm.encoders.timm_trunk import parameter_groups, pooled_and_tokens
-from mm.encoders.tokenizer import Tokenizer
+from mm.encoders.tokenizer import Tokenizer, hf_tokenizer
 from mm.encoders.tower import layers_around_blocks
 from mm.encoders.transformers_source import FAMILIES, TIMM, Source, random_network
 from mm.encoders.weights import load_strictly, read_weights, tower_of_model, weights_file
@@ -164,7 +164,18 @@ class TransformersTextEncoder(TextEncoder):
         return [*groups[:-1], [name for name in groups[-1] if name not in last], last]
 
 
-def build_transformers_image(config: ImageConfig) -> TransformersImageEncoder:
+def image_of(spec: dict[str, Any]) -> TransformersImageEncoder:
+    """The tower of a `spec`, with random weights."""
+    return TransformersImageEncoder(spec)
+
+
+def text_of(spec: dict[str, Any], tokenizer_folder: Path) -> TransformersTextEncoder:
+    """The tower of a `spec`, with random weights. Raises OSError where the tokenizer is not in that folder."""
+    words = Tokenizer(hf_tokenizer(str(tokenizer_folder)), spec["context_length"])
+    return TransformersTextEncoder(spec, words)
+
+
+def build_image(config: ImageConfig) -> TransformersImageEncoder:
     """The image tower that `config` names, with its weights."""
     if config.pooling != "auto" or config.kwargs:
         raise UserError(f"pooling and kwargs belong to timm models; {config.name} has its own config.json")
@@ -174,7 +185,7 @@ def build_transformers_image(config: ImageConfig) -> TransformersImageEncoder:
     return encoder
 
 
-def build_transformers_text(config: TextConfig) -> TransformersTextEncoder:
+def build_text(config: TextConfig) -> TransformersTextEncoder:
     """The text tower that `config` names, with its weights and tokenizer."""
     given = [key for key in ("layers", "width", "heads", "tokenizer") if getattr(config, key) is not None]
     if given or config.pooling != "auto":

@@ -86,7 +86,7 @@ class Source:
             with self._reading("the config.json"):
                 self.config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except UserError as error:
-            close = [near for near in difflib.get_close_matches(target, KNOWN, n=3) if near != target]
+            close = [] if target in KNOWN else difflib.get_close_matches(target, KNOWN, n=3)
             hint = f"did you mean {' or '.join(close)}? " if close and not self.folder else ""
             raise UserError(f"{hint}{error}") from error
         kind = self.config.model_type

@@ -4,8 +4,9 @@ import torch
 from pydantic import Field
 
 from mm.config import Config
-from mm.encoders.image import ImageEncoder, image_encoder
+from mm.encoders.image import ImageEncoder
 from mm.encoders.lora import LoraConfig, add_lora, lora_scalings, merge_lora
+from mm.encoders.registry import image_encoder
 from mm.encoders.text import TextEncoder
 from mm.encoders.video import VideoConfig, VideoEncoder, build_video_encoder, video_encoder
 from mm.errors import UserError

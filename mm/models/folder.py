@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mm.config import Config, plain
-from mm.encoders.image import image_encoder
-from mm.encoders.text import text_encoder
+from mm.encoders.registry import image_encoder, text_encoder
 from mm.encoders.video import video_encoder
 from mm.errors import UserError
 from mm.files import sync

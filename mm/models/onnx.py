@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mm.encoders.text import text_encoder
+from mm.encoders.registry import text_encoder
 from mm.errors import UserError
 from mm.models.folder import DESCRIPTION, TOKENIZER, Model, build_model, find_model, read_description
 from mm.models.two_tower import TwoTower, TwoTowerOutput

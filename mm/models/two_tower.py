@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from mm.config import Config
-from mm.encoders.image import ImageConfig, ImageEncoder, build_image_encoder
-from mm.encoders.text import TextConfig, TextEncoder, build_text_encoder
+from mm.encoders.image import ImageConfig, ImageEncoder
+from mm.encoders.registry import build_image_encoder, build_text_encoder
+from mm.encoders.text import TextConfig, TextEncoder
 from mm.encoders.video import VideoConfig, VideoEncoder, build_video_encoder
 from mm.errors import UserError
 
