@@ -1,13 +1,14 @@
 import json
 import random
 import re
+from html import escape
 
 import numpy as np
 import pytest
 
 from mm import report
 from mm.errors import UserError
-from mm.report import figures, history
+from mm.report import figures, history, software
 from mm.report.plots import Curve, plot, short, smooth, thinned
 from tests.report_pages import (
     HOSTILE,
@@ -229,6 +230,20 @@ def test_folder_without_a_run_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match=r"not a run folder.*metrics\.jsonl"):
         report.write(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_versions_are_those_of_the_run(tmp_path):
+    told = {
+        "event": "start",
+        "step": 0,
+        "samples": 0,
+        "ranks": 2,
+        "software": ["Python 2, mm 9.9", "<1> core"],
+    }
+    page = report.write(make_run(tmp_path / "told", [told])).read_text()
+    assert "ranks: 2<br>Python 2, mm 9.9<br>&lt;1&gt; core</p>" in page
+    old = report.write(make_run(tmp_path / "old", [{**told, "software": "torn"}])).read_text()
+    assert f"ranks: 2<br>{escape(software.describe()[0])}<br>" in old
 
 
 @pytest.mark.usefixtures("no_curves")

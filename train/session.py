@@ -19,7 +19,7 @@ from mm.evaluators import FIGURES, EvaluatorConfig, evaluate
 from mm.log import Log, LogConfig, cut, message
 from mm.models.folder import Model, save_model
 from mm.optim import OptimConfig, learning_rates, parameter_groups, rate_delays
-from mm.report import ReportConfig
+from mm.report import ReportConfig, software
 from mm.run import BAD_SAMPLES, METRICS, check_same_stream
 from mm.runs import here
 from mm.tasks.task import Task
@@ -204,7 +204,9 @@ def train(
         if state.step == 0 and config.evaluate.at_start:
             log.event("eval", 0, 0, figures=evaluate_all())
         started = time.perf_counter()
-        log.event("start", state.step, state.samples, ranks=distributed.world_size())
+        log.event(
+            "start", state.step, state.samples, ranks=distributed.world_size(), software=software.describe()
+        )
         loop = Loop(
             run,
             engine,

@@ -68,8 +68,11 @@ def about(history: History) -> str:
     saved = (
         f"<p>{len(saves)} checkpoints were written, {mean(saves):.2g} s each on average.</p>" if saves else ""
     )
-    facts = [f"{key.replace('_', ' ')}: {value}" for key, value in history.start.items()]
-    versions = "<br>".join(map(escape, [*facts, *software.describe()]))
+    said = dict(history.start)
+    told = said.pop("software", None)  # older runs did not say it
+    lines = told if isinstance(told, list) else software.describe()
+    facts = [f"{key.replace('_', ' ')}: {value}" for key, value in said.items()]
+    versions = "<br>".join(escape(str(line)) for line in [*facts, *lines])
     config = escape(history.config_text) or "config.yaml is missing"
     return (
         f"<h2>About the run</h2>{samples}{saved}"
