@@ -6,7 +6,7 @@ Images stay uint8: normalisation is the encoder's, on the device.
 import math
 import random
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -146,6 +146,14 @@ class TrainTransform:
         return (moved + behind).round_().clamp_(0, 255).to(torch.uint8)
 
 
+class Read(Protocol):
+    """What says how it reads images, as an image tower."""
+
+    size: tuple[int, int]
+    resize_mode: str
+    interpolation: str
+
+
 class EvalTransform:
     """Resize and centre crop: image uint8 (3|4, H, W) -> uint8 (3, size), the same for the same image always.
 
@@ -165,6 +173,11 @@ class EvalTransform:
         self.resize_mode, self.resizer = resize_mode, resizer
         if resize_mode not in ("shortest", "longest", "squash"):
             raise UserError(f"resize_mode {resize_mode!r} is not one of shortest, longest, squash")
+
+    @classmethod
+    def of(cls, tower: Read, resizer: Resizer = "torch") -> "EvalTransform":
+        """How an image tower wants its images."""
+        return cls(tower.size, tower.resize_mode, tower.interpolation, resizer)
 
     def __call__(self, image: Tensor) -> Tensor:
         image = composite(image, WHITE)

@@ -88,8 +88,7 @@ class Embedder:
         """How the image tower wants its images."""
         from mm.data.transforms import EvalTransform  # which takes seconds to import
 
-        tower = self.towers.image
-        return EvalTransform(tower.size, tower.resize_mode, tower.interpolation, self.resizer)
+        return EvalTransform.of(self.towers.image, self.resizer)
 
     def head(self, kind: type[H], name: str | None) -> H:
         """The model's head of a class, by name where it has several. UserError where it has none."""

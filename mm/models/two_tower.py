@@ -204,7 +204,7 @@ class TwoTower(nn.Module):
     def _transform(self) -> "EvalTransform":
         from mm.data.transforms import EvalTransform
 
-        return EvalTransform(self.image.size[0], self.image.resize_mode, self.image.interpolation)
+        return EvalTransform.of(self.image)
 
     def token_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts as the text tower reads them: ids and mask (N, L). Raises UserError for one text alone."""

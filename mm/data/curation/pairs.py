@@ -28,8 +28,7 @@ class Pairs:
         from mm.data.transforms import EvalTransform
 
         self._found, self._model = found, _loaded(model, device)
-        tower = self._model.image
-        self._transform = EvalTransform(tower.size[0], tower.resize_mode, tower.interpolation)
+        self._transform = EvalTransform.of(self._model.image)
         self._waiting: list[tuple[int, str, str, Tensor]] = []
 
     def add(self, visited: "Visited", image: "Tensor", caption: str) -> None:

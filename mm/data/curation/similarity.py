@@ -70,8 +70,7 @@ class Scorer:
             first_line = (str(error) or "no such device").splitlines()[0]
             raise UserError(f"similarity.device = {device}: {first_line}") from None
         self._batch, self._threads = config.batch, max(1, threads)
-        tower = self._model.image
-        self._transform = EvalTransform(tower.size[0], tower.resize_mode, tower.interpolation)
+        self._transform = EvalTransform.of(self._model.image)
 
     def score(
         self, shards: ShardSet, wanted: Callable[[int], NDArray[np.int64]], folder: Path, identity: str
