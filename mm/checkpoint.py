@@ -51,6 +51,8 @@ class TrainState:
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
     since_best: int = 0
     """Evaluations since that of the best metric."""
+    due: bool = False
+    """The evaluation of this step is still to be made: the run was asked to stop before it."""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     version: int = VERSION
 

@@ -18,6 +18,7 @@ HELP = """usage: mm COMMAND ...
   mm data filter SHARDS ... out=FOLDER  leave out what rules, near duplicates, a model or balancing say
   mm data plan SHARDS ... batch=N       what a run will read, cache and mix, before it is started
   mm runs [FOLDER ...]                  how far the runs of a folder are, and which are alive
+  mm stop RUN ...                       have runs end after their step, saved: the same command goes on
   mm report RUN                         write the page RUN/report.html again
   mm report RUN RUN ...                 runs side by side on one page: curves, figures, configs
   mm export RUN format=... out=FOLDER   a model for open_clip, transformers or ONNX, proven equal
@@ -41,8 +42,13 @@ compares the others with the first: curves, figures of eval.suite with what is s
 RUNS_HELP = """usage: mm runs [FOLDER ...] [json=true]
 
 FOLDER: holds run folders, or is one; runs/ by default. Prints a table, the run with the newest line first; json=true: a
-JSON object a line, for scripts. States: running, finished, failed (by an error), stopped (its process is gone), unknown
-(it is on another machine: see how old its last line is), not begun (no line yet).
+JSON object a line, for scripts. States: running, finished, failed (by an error), stopped (it was asked to, or its
+process is gone), unknown (it is on another machine: see how old its last line is), not begun (no line yet).
+"""
+STOP_HELP = """usage: mm stop RUN ...
+
+RUN: the folder of a run, on this machine or another one that shares the folder. It finishes its step, saves and ends
+with exit status 75 (under torchrun 0), as it does at SIGTERM and SIGUSR1; the same command goes on exactly.
 """
 
 
@@ -67,7 +73,7 @@ def dispatch(argv: list[str]) -> None:
         print(HELP, end="")
         return
     _pick(
-        {"data": data, "report": report, "export": export, "explain": explain, "runs": runs},
+        {"data": data, "report": report, "export": export, "explain": explain, "runs": runs, "stop": stop},
         argv[0],
         "command",
     )(argv[1:])
@@ -156,6 +162,16 @@ def runs(argv: list[str]) -> None:
         show(found)
     else:
         print(f"no runs in {', '.join(folders)}")
+
+
+def stop(argv: list[str]) -> None:
+    """`mm stop RUN ...`."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(STOP_HELP, end="")
+        return
+    from mm.stopping import ask
+
+    ask(argv)
 
 
 def export(argv: list[str]) -> None:

@@ -18,6 +18,7 @@ from mm.errors import UserError
 from mm.zero import MOMENTS, Shards
 
 Batch = Mapping[str, Any]
+_ASKED = "asked to stop"  # beside the figures of a step, so that telling all ranks costs nothing more
 
 
 class EngineConfig(Config):
@@ -53,6 +54,8 @@ class StepResult(NamedTuple):
     figures: dict[str, Tensor]
     skipped: bool
     """The gradients were not finite, so the weights are what they were before."""
+    asked: Tensor
+    """Above 0 where any rank was asked to stop; the same on all."""
 
 
 class Engine:
@@ -116,11 +119,13 @@ class Engine:
             pieces = self.shards.pieces.items()
             self.ema = {n: p.weight.detach().clone() for n, p in pieces if p.state_key is not None}
 
-    def step(self, batches: Sequence[Batch], lr: float | Mapping[str, float]) -> StepResult:
+    def step(
+        self, batches: Sequence[Batch], lr: float | Mapping[str, float], asked: bool = False
+    ) -> StepResult:
         """Learn from this rank's micro-batches (as many as `accumulation`) at rate `lr`, or at those by name.
 
         Dropout and all else that draws from torch's generators depends on (seed, step, rank) alone. A step
-        whose gradients are not finite is skipped by all ranks.
+        whose gradients are not finite is skipped by all ranks. asked: this rank was asked to stop; all are told.
         """
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches, not {self.accumulation}"
         self._set_rates(lr)
@@ -138,13 +143,14 @@ class Engine:
         if self.config.zero_stage > 0:
             skipped = bool(self._ds.optimizer.overflow)
             norm = torch.as_tensor(self._ds.optimizer._global_grad_norm, dtype=torch.float32)
+        total[_ASKED] = torch.tensor(float(asked), device=self.device)
         means = distributed.mean(torch.stack(list(total.values()))) / len(batches)
         values = dict(zip(total, means.unbind(), strict=True))
         if not skipped:
             self._average_weights()
         average_statistics(self._statistics)
         self.steps += 1
-        return StepResult(values.pop(""), norm, values, skipped)
+        return StepResult(values.pop(""), norm, values, skipped, values.pop(_ASKED))
 
     @contextmanager
     def evaluating(self, ema: bool = True) -> Iterator[nn.Module]:

@@ -1,4 +1,5 @@
-"""The exceptions whose message is for people: what the user can mend, and what ended a run from outside."""
+"""The exceptions whose message is for people: what the user can mend, and what ended a run from outside,
+and that it was asked to end."""
 
 
 class UserError(ValueError):
@@ -6,6 +7,14 @@ class UserError(ValueError):
 
     Its message names the value and the fix. Programs show the message alone, without a traceback, and end with
     exit status 2.
+    """
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has saved what it was at.
+
+    Programs show the message alone and end with exit status 75 (EX_TEMPFAIL of sysexits.h: try again later), under
+    torchrun with 0, or it would start the ranks again.
     """
 
 

@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from mm.errors import Failure, UserError
+from mm.errors import Failure, Stopped, UserError
 
 _OTHERS_WAIT_S = 3.0  # for rank 0 to raise the same error
 _STORE_LIVES_S = 1.0  # for the others to ask what rank 0 said
 _TEARDOWN_S = 10.0
+_TRY_AGAIN = 75  # EX_TEMPFAIL
 _BROKEN_PIPE = 141  # as a shell tells of a program that SIGPIPE ended
 
 
@@ -26,7 +27,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(sys.argv[1:])` as a program and end the process.
 
     Exit status: 0 done, 1 failed, 2 the user's mistake (UserError: its message alone, once), 130 Ctrl-C,
-    141 nobody reads its output any more.
+    75 stopped as it was asked to (0 under torchrun), 141 nobody reads its output any more.
     """
     prepare_libraries()
     end(status_of(main, sys.argv[1:]))
@@ -53,6 +54,10 @@ def status_of(main: Callable[[list[str]], None], argv: list[str]) -> int:
         elif not _rank_0_says_it():
             print(f"error on rank {_rank()}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if _rank() == "0":
+            print(f"stopped: {stopped}", file=sys.stderr)
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else _TRY_AGAIN
     except Failure as error:
         print(f"error on rank {_rank()}: {error}" if _rank() != "0" else f"error: {error}", file=sys.stderr)
         return 1
@@ -83,11 +88,9 @@ def end(status: int) -> NoReturn:
     """
     children = multiprocessing.active_children()
     for child in children:
-        child.terminate()
+        child.kill()  # they have nothing to save, and leave SIGTERM to this process
     for child in children:
         child.join(timeout=5)
-        if child.is_alive():
-            child.kill()
     if status == 0 and _in_process_group():
         leaving = threading.Thread(target=_leave_process_group, daemon=True)
         leaving.start()

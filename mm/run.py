@@ -11,6 +11,7 @@ from mm.config import Config, differences, dump, load, plain
 from mm.errors import UserError
 from mm.files import write_atomically
 from mm.runs import CONFIG, LOCK, METRICS
+from mm.stopping import withdraw
 
 BAD_SAMPLES = "bad_samples.jsonl"
 
@@ -107,6 +108,7 @@ def _claim(out: Path, config: Config) -> None:
             )
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
+        withdraw(out)
         write_atomically(path, dump(config).encode())
     except OSError as error:
         raise UserError(

@@ -42,7 +42,8 @@ class Run:
     name: str
     folder: str
     state: str
-    """running, finished, failed (an error ended it), stopped (its process is gone), unknown, or not begun (no line)."""
+    """running, finished, failed (an error ended it), stopped (it was asked to, or its process is gone), unknown, or not
+    begun (no line)."""
     host: str | None
     """The machine of rank 0."""
     pid: int | None
@@ -159,9 +160,10 @@ def _state(folder: Path, lines: Sequence[dict[str, Any]], process: Mapping[str, 
         return "running"
     if not lines:
         return "not begun"
-    marks = [line["event"] for line in lines if line["event"] in ("process", "start", "end", "failed")]
-    if marks and marks[-1] in ("end", "failed"):
-        return "finished" if marks[-1] == "end" else "failed"
+    ends = {"end": "finished", "failed": "failed", "stopped": "stopped"}
+    marks = [line["event"] for line in lines if line["event"] in ("process", "start", *ends)]
+    if marks and marks[-1] in ends:
+        return ends[marks[-1]]
     # opened once more since its last line, by a process that may be elsewhere
     opened_since = _written(folder, CONFIG) > _written(folder, METRICS)
     return "stopped" if held is False and _is_here(process) and not opened_since else "unknown"

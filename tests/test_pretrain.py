@@ -8,6 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -145,13 +146,22 @@ def test_the_written_config_repeats_the_run(whole, tmp_path):
     assert all(torch.equal(value, repeated[name]) for name, value in weights(run).items())
 
 
-def test_killed_and_started_again_ends_with_the_same_bits(whole, tiny, tmp_path):
-    run = tmp_path / "killed"
+def test_stopped_and_killed_and_started_again_ends_with_the_same_bits(whole, tiny, tmp_path):
+    run = tmp_path / "run"
     process = program(*tiny, f"out={run}")
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step_00000006").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until_step(run, 2, process)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(family) > 1
+    for one in family:  # the data worker too, which leaves it to the run
+        one.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in output, output
+    (stopped,) = events(run, "stopped")
+    assert f"stopped: {run} was asked to, and saved at step {stopped['step']}" in output
+    assert checkpoint.latest(run).name == f"step_{stopped['step']:08d}"
+    assert not any(one.is_running() for one in family[1:])
+    process = program(*tiny, f"out={run}")
+    until_step(run, stopped["step"] + 2, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -160,6 +170,14 @@ def test_killed_and_started_again_ends_with_the_same_bits(whole, tiny, tmp_path)
     undisturbed = weights(whole[0])
     assert all(torch.equal(value, undisturbed[name]) for name, value in weights(run).items())
     assert losses(run) == losses(whole[0])  # each step once, to the last digit
+    assert events(run, "eval") == events(whole[0], "eval")
+
+
+def until_step(run, step, process):
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or max(losses(run), default=0) < step:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_two_ranks_under_torchrun_learn_the_same_and_one_rank_goes_on(tiny, tmp_path):

@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from mm import checkpoint, distributed
 from mm.checkpoint import TrainState
@@ -14,7 +16,7 @@ from mm.config import Config
 from mm.data.ledger import Ledger
 from mm.data.stream import StreamBatch
 from mm.engine import Engine, StepResult
-from mm.errors import UserError
+from mm.errors import Stopped, UserError
 from mm.log import Log, message
 from mm.progress import LONG_S, Wait, no_reason
 from mm.run import BAD_SAMPLES
@@ -97,6 +99,7 @@ class Loop:
         samples_beside: float = 0.0,
         patience: int | None = None,
         fetching: Callable[[], str] = no_reason,
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.run = run
         self.engine = engine
@@ -113,13 +116,20 @@ class Loop:
         self.samples_beside = samples_beside
         self.patience = patience
         self.fetching = fetching
+        self.asked = asked
+        self._asked_at_last_step: Tensor | None = None
         self.ledger = Ledger(run / BAD_SAMPLES)
         self.bad: list[dict] = []
         self.skipped = 0
         self._restart_clock()
 
     def __call__(self) -> None:
-        """Train to the end, or until patience is lost."""
+        """Train to the end, or until patience is lost.
+
+        Raises Stopped after a step at which any rank was asked to stop, when it has been saved.
+        """
+        if self.state.due:
+            self._end_step()
         with Wait("waiting for data", self.fetching, quiet_s=LONG_S) as wait:
             batches = wait.waits(self.stream)
             while self.state.step < self.schedule.steps and not self._is_out_of_patience():
@@ -139,7 +149,7 @@ class Loop:
         streamed = next(batches)
         self.waited += time.perf_counter() - asked
         rates = self.rates(self.state.samples)
-        result = self.engine.step(streamed.batch, rates)
+        result = self.engine.step(streamed.batch, rates, asked=self.asked())
         self.state.step += 1
         self.state.samples = streamed.position_after
         self.bad += [{"step": self.state.step, **entry} for entry in streamed.bad]
@@ -151,9 +161,27 @@ class Loop:
         last = step == schedule.steps
         if step % schedule.log_every == 0 or last:
             self._log_step(rates, result)
-        evaluated = last or bool(schedule.evaluate_every and step % schedule.evaluate_every == 0)
+        self.state.due = last or bool(schedule.evaluate_every and step % schedule.evaluate_every == 0)
+        # of the step before: to look at this one's would wait for the GPU
+        asked, self._asked_at_last_step = self._asked_at_last_step, result.asked
+        if asked is not None and asked.item() > 0:
+            self._stop()
+        self._end_step()
+
+    def _stop(self) -> NoReturn:
+        self._save()
+        self.log.event("stopped", self.state.step, self.state.samples)
+        raise Stopped(
+            f"{self.run} was asked to, and saved at step {self.state.step:,} ({self.state.samples:,} samples); the same "
+            "command goes on"
+        )
+
+    def _end_step(self) -> None:
+        """Evaluate and save, where it is time to."""
+        step, schedule = self.state.step, self.schedule
+        evaluated, self.state.due = self.state.due, False
         better = evaluated and self._evaluate()
-        last = last or self._is_out_of_patience()
+        last = step == schedule.steps or self._is_out_of_patience()
         saved = last or better or step % schedule.save_every == 0
         # before the checkpoint: a kill between the two repeats this step and writes the model again
         if better or (last and not self.state.best):

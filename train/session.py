@@ -15,6 +15,7 @@ from mm.data import make
 from mm.data.stream import Stream
 from mm.data.streams import Streams
 from mm.engine import Engine, EngineConfig
+from mm.errors import Stopped
 from mm.evaluators import FIGURES, EvaluatorConfig, evaluate
 from mm.log import Log, LogConfig, cut, message
 from mm.models.folder import Model, save_model
@@ -22,6 +23,7 @@ from mm.optim import OptimConfig, learning_rates, parameter_groups, rate_delays
 from mm.report import ReportConfig, software
 from mm.run import BAD_SAMPLES, METRICS, check_same_stream
 from mm.runs import here
+from mm.stopping import Notice
 from mm.tasks.task import Task
 from train.loop import CheckpointConfig, EvaluationConfig, Figures, Loop, Schedule, figure
 
@@ -196,7 +198,8 @@ def train(
     if distributed.is_main():
         for record in (METRICS, BAD_SAMPLES):
             cut(run / record, state.step if latest else -1)
-    with Log(run, **config.log.model_dump(), enabled=distributed.is_main(), start=state.step) as log:
+    logged = Log(run, **config.log.model_dump(), enabled=distributed.is_main(), start=state.step)
+    with logged as log, Notice(run) as notice:
         log.event("process", state.step, state.samples, **here())
         message(describe(stream, state))
         for warning in [*engine.notes, *stream.warnings, *warnings]:
@@ -225,9 +228,12 @@ def train(
             samples_beside=samples_beside,
             patience=config.evaluate.patience,
             fetching=stream.fetching,
+            asked=notice.seen,
         )
         try:
             loop()
+        except Stopped:
+            raise
         except Exception as error:
             log.event("failed", state.step, state.samples, error=str(error) or type(error).__name__)
             raise

@@ -61,7 +61,7 @@ class Turns:
     last: tuple[Seconds, Any] | None = None
     """When the step before began, and its batches."""
 
-    def __call__(self, engine: Engine, batches: Sequence[Any], lr: Any) -> StepResult:
+    def __call__(self, engine: Engine, batches: Sequence[Any], lr: Any, asked: bool = False) -> StepResult:
         if self.last:
             began, before = self.last
             self.loop.append(_since(began))
@@ -74,7 +74,7 @@ class Turns:
         if len(self.loop) == WARMUP + self.steps:
             raise _Enough
         self.last = (_now(), batches)
-        return self.engine_step(engine, batches, lr)
+        return self.engine_step(engine, batches, lr, asked)
 
 
 def _now() -> Seconds:

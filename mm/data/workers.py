@@ -99,10 +99,11 @@ def _replaced(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 
 def start_worker(parent: int) -> Callable[[int], None]:
-    """What a worker does first: it leaves Ctrl-C to the process that trains, and dies with it."""
+    """What a worker does first: it leaves signals that ask to stop to the process that trains, and dies with it."""
 
     def start(_: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(one, signal.SIG_IGN)
         if sys.platform == "linux":
             set_parent_death_signal = 1
             ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -1,0 +1,74 @@
+"""A run that is asked to stop: it finishes its step, saves, and ends; the same command goes on exactly.
+
+Asked by SIGTERM or SIGUSR1 to any rank, as schedulers give notice of a time limit or of a job that is wanted more, or
+by the file `stop` in the run folder (`mm stop RUN`), which reaches every machine that the folder does. What is here only
+sets a flag; the loop acts on it, on all ranks after the same step.
+"""
+
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from mm import distributed
+from mm.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+FILE = "stop"
+LOOK_S = 1.0  # between two looks for the file
+
+
+class Notice:
+    """Whether this rank was asked. A context manager: signals are caught within."""
+
+    def __init__(self, run: Path) -> None:
+        self._file = run / FILE
+        self._asked = False
+        self._looked = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {one: signal.signal(one, self._note) for one in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def seen(self) -> bool:
+        """Whether it was asked until now. Rank 0 looks for the file, once a second."""
+        now = time.monotonic()
+        if not self._asked and distributed.is_main() and now - self._looked >= LOOK_S:
+            self._looked = now
+            self._asked = self._file.exists()
+        return self._asked
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+
+def withdraw(run: Path) -> None:
+    """Forget what the file asked an earlier process."""
+    with suppress(FileNotFoundError):
+        (run / FILE).unlink()
+
+
+def ask(folders: list[str]) -> None:
+    """`mm stop RUN ...`: leave the file in the folders of runs. UserError for what is no run, or has ended."""
+    from mm.runs import find
+
+    for folder in folders:
+        path = Path(folder).expanduser()
+        run = next((found for found in find([folder]) if Path(found.folder) == path), None)
+        if run is None:
+            raise UserError(f"{folder} is no run folder; mm runs lists those of a folder")
+        if run.state in ("finished", "failed", "stopped", "not begun"):
+            raise UserError(f"{folder} is not running: it is {run.state}")
+        (path / FILE).touch()
+        print(f"{folder} will stop after its step, and save; the same command goes on with it")
