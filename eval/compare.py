@@ -59,6 +59,8 @@ def main(argv: list[str]) -> None:
     rows = holm(rows, config.level)
     for note in notes:
         print(f"note: {note}")
+    if config.out is not None:
+        results.write(config.out, text(rows, paths, config.out.suffix))
     show_table(table(rows, paths))
     found = [row for row in rows if row.significant]
     better = sum(row.difference > 0 for row in found)
@@ -67,7 +69,6 @@ def main(argv: list[str]) -> None:
         f" ({better} up, {len(found) - better} down)"
     )
     if config.out is not None:
-        results.write(config.out, text(rows, paths, config.out.suffix))
         print(f"table in {config.out}")
 
 

@@ -163,6 +163,9 @@ def _explored(config: PicturesConfig) -> Iterator[str]:
             yield url[1]
         finally:
             process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
             process.wait()
 
 

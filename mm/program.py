@@ -76,7 +76,10 @@ def status_of(main: Callable[[list[str]], None], argv: list[str]) -> int:
 def _nobody_reads() -> bool:
     """Whether the reader of stdout is gone, as `head` is once it has its lines."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # it is no file
+        return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 

@@ -25,8 +25,8 @@ LONG_S = 10.0  # a wait for data of which the reason is told
 WIDE = 110  # columns that a terminal must have for a bar beside the figures
 
 
-class _Lines(Console):
-    """Work goes on where nobody reads its lines any more; rich would end the process."""
+class Lines(Console):
+    """A console. Work goes on where nobody reads its lines any more; rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -34,8 +34,8 @@ class _Lines(Console):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-console = _Lines(highlight=False, markup=False, soft_wrap=True)
-_errors = _Lines(stderr=True, highlight=False, markup=False, soft_wrap=True)
+console = Lines(highlight=False, markup=False, soft_wrap=True)
+_errors = Lines(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def no_reason() -> str:
@@ -313,7 +313,12 @@ class _Display(threading.Thread):
                 self.bars.update(self.tasks[progress], **now)
             else:
                 self.tasks[progress] = self.bars.add_task(progress.title[-24:], total=progress.total, **now)
-        if self.bars is not None:
+        if (
+            self.bars is not None and not self.tasks
+        ):  # what is open waits for its time: the terminal is given back
+            self.bars.stop()
+            self.bars = None
+        elif self.bars is not None:
             self.bars.refresh()
 
 

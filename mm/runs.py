@@ -19,13 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mm import config
 from mm.errors import UserError
-from mm.progress import duration
+from mm.progress import Lines, duration
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -253,9 +252,9 @@ def as_json(run: Run) -> str:
 
 def show(runs: Sequence[Run]) -> None:
     """Print a table; to a file or a pipe without colours, and as wide as it must be."""
-    console = Console(highlight=False)
+    console = Lines(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, no_color=True, width=10_000)
+        console = Lines(highlight=False, no_color=True, width=10_000)
     grid = Table(box=None, pad_edge=False)
     for name in ("run", "state"):
         grid.add_column(name, overflow="fold")

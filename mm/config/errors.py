@@ -117,10 +117,20 @@ def _suggest(cls: type[BaseModel], owners: list[Any], path: tuple[Any, ...]) -> 
     everywhere: dict[str, list[str]] = {}
     for known in all_keys([cls]):
         everywhere.setdefault(known.rpartition(".")[2], []).append(known)
-    if kind and any(known.count(".") == len(path) - 1 for known in everywhere.get(key, ())):
+    if kind and any(_is_at(known, path) for known in everywhere.get(key, ())):
         return f" of kind {show(kind[0])}, though one of others; leave it out"
     close = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
-    return f"; did you mean {' or '.join(map(show, dict.fromkeys(everywhere[close[0]])))}?" if close else ""
+    return (
+        f"; did you mean {' or '.join(map(show, list(dict.fromkeys(everywhere[close[0]]))[:3]))}?"
+        if close
+        else ""
+    )
+
+
+def _is_at(known: str, path: tuple[Any, ...]) -> bool:
+    """Whether a key of the whole tree, such as sets.NAME.limit, stands at this place."""
+    parts = known.split(".")
+    return len(parts) == len(path) and all(a in (str(b), "NAME") for a, b in zip(parts, path, strict=True))
 
 
 def did_you_mean(value: Any, known: Sequence[Any]) -> str:

@@ -24,7 +24,7 @@ def build_image_encoder(config: ImageConfig) -> ImageEncoder:
     Raises UserError for what does not exist or fit.
     """
     _check_lock(config)
-    encoder: ImageEncoder = _family(config.name, image).build_image(config)
+    encoder: ImageEncoder = _named(config.name, image).build_image(config)
     if config.frozen_batchnorm:
         encoder.freeze_batchnorm()
     if config.lock:
@@ -38,7 +38,7 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
     Raises UserError for what does not exist or fit.
     """
     _check_lock(config)
-    encoder: TextEncoder = _family(config.name, text).build_text(config)
+    encoder: TextEncoder = _named(config.name, text).build_text(config)
     if config.lock:
         encoder.lock(config.unlock_last)
     return encoder
@@ -64,9 +64,14 @@ def text_encoder(spec: dict[str, Any], tokenizer_folder: Path) -> TextEncoder:
     return found
 
 
-def _family(name: str, otherwise: ModuleType) -> Any:
-    module = FAMILIES.get(name.partition(":")[0])
-    return importlib.import_module(module) if module else otherwise
+def _named(name: str, otherwise: ModuleType) -> Any:
+    """The module of a name FAMILY:REST; any other is one of the library that `otherwise` stands for."""
+    family, colon, _ = name.partition(":")
+    return _family(family, otherwise) if colon else otherwise
+
+
+def _family(kind: str, otherwise: ModuleType) -> Any:
+    return importlib.import_module(FAMILIES[kind]) if kind in FAMILIES else otherwise
 
 
 def _check_lock(config: ImageConfig | TextConfig) -> None:

@@ -129,7 +129,7 @@ class OpenClipTokenizer(TextEnds):
     def words(self, text: str) -> tuple[list[str], list[int | None]]:
         """The words of a text as it reads them, and for each of its tokens the word that it is of; None: of none."""
         if self._hf is not None:
-            return Tokenizer(copy.deepcopy(self._hf), self.context_length).words(text)
+            return self._words(self.backend.clean_fn(text), len(self(text)))
         words: list[str] = []
         of: list[int | None] = []
         begins = True
@@ -143,6 +143,12 @@ class OpenClipTokenizer(TextEnds):
             words[-1] += self.backend.decode([one]).strip()
             of.append(len(words) - 1)
         return words, of
+
+    def _words(self, clean: str, tokens: int) -> tuple[list[str], list[int | None]]:
+        """By the Hugging Face tokenizer within, for as many tokens as are read: what ends a text may be left out, or be
+        the padding too."""
+        words, of = Tokenizer(copy.deepcopy(self._hf), self.context_length).words(clean)
+        return words, [*of, *[None] * tokens][:tokens]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
+from mm.progress import Lines
 from mm.report.figures import counts, shown, table
 
 Figures = Mapping[str, Mapping[str, float]]
@@ -37,7 +37,7 @@ def show(after: Figures, before: Figures | None = None, intervals: Intervals | N
 
 def show_table(grid: Table) -> None:
     """Print a table; to a file or a pipe, which has no width to keep to, at a fixed one."""
-    console = Console()
+    console = Lines()
     if not console.is_terminal:
         console.width = 140
     console.print(grid)

@@ -14,7 +14,6 @@ from typing import Any, Self, TextIO
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +28,7 @@ from mm.data.shards import ShardSet
 from mm.errors import UserError
 from mm.files import write_atomically
 from mm.log import message
+from mm.progress import Lines
 
 LISTED = 20  # most frequent captions and keys in check.json
 SHOWN = 5  # of these on the console
@@ -270,7 +270,7 @@ def _print(report: dict[str, Any], first: dict[str, str], out: Path) -> None:
             for kind, count in report[name].items():
                 grid.add_row(name, kind, f"{count:,}", Text(_printable(first[kind])))
                 name = ""
-        console = Console()
+        console = Lines()
         if not console.is_terminal:  # a file or a pipe has no width to keep to
             console.width = 200
         console.print(grid)

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mm.data.curation.wording import readable
 from mm.errors import UserError
 from mm.files import write_atomically
+from mm.progress import Lines
 
 EXAMPLES = 3
 
@@ -84,7 +84,7 @@ def read_report(out: Path) -> dict[str, Any] | None:
 
 def show(report: Mapping[str, Any], out: Path) -> None:
     """Print what was removed, with examples, and what came out."""
-    console = Console(markup=False, highlight=False)
+    console = Lines(markup=False, highlight=False)
     if not console.is_terminal:  # a file or a pipe has no width to keep to
         console.width = 160
     before, after = report["before"]["samples"], report["after"]["samples"]

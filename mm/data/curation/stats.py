@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from rich.console import Console
 from rich.markup import escape
 
 from mm.config import Config, plain
@@ -21,6 +20,7 @@ from mm.data.remote import RemoteConfig
 from mm.data.shards import ShardSet
 from mm.errors import UserError
 from mm.files import write_atomically
+from mm.progress import Lines
 
 USUAL_SHARD = 10_000
 """Samples taken to be in a shard where no sizes.json tells."""
@@ -161,7 +161,7 @@ def _settings(config: StatsConfig) -> Json:
 
 def _show(summary: Json, out: Path, again: int) -> None:
     """A short summary on the console."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Lines(highlight=False, soft_wrap=True)
     counts = summary["counts"]
     samples, size = counts.get("samples", 0), counts.get("bytes", 0)
     console.print(

@@ -26,7 +26,7 @@ def under_way(folder: Path) -> str:
                     found.append((file.st_mtime, entry.name, file))
     names = []
     for changed, name, file in sorted(found, key=lambda one: one[:2])[:MOST]:
-        # it is as long as it will be from its first byte on; what came takes blocks of the disk
+        # it is as long as it will be (where the server says that) from its first byte on; what came takes blocks of disk
         come = size_text(min(file.st_blocks * 512, file.st_size))
         silent = f", nothing for {now - changed:.0f} s" if now - changed > SILENT_S else ""
         of = f"{come} of {size_text(file.st_size)}" if file.st_size else "connecting"
