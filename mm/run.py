@@ -19,6 +19,7 @@ FREE_KEYS = (
     "out",
     "extend",
     "log",
+    "stall_after",
     "data.workers",
     "data.prefetch",
     "data.shards",

@@ -61,11 +61,14 @@ class Program:
         there.close()
 
     @property
+    def pids(self) -> list[int]:
+        """Of the ranks."""
+        return [process.pid or 0 for process in self._processes]
+
+    @property
     def pid(self) -> int:
         """Of the first process, and of the group of it and its workers."""
-        pid = self._processes[0].pid
-        assert pid is not None
-        return pid
+        return self.pids[0]
 
     @property
     def returncode(self) -> int | None:

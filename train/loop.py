@@ -20,6 +20,7 @@ from mm.errors import Stopped, UserError
 from mm.log import Log, message
 from mm.progress import LONG_S, Wait, no_reason
 from mm.run import BAD_SAMPLES
+from mm.stalls import StallWatch
 
 SKIPS_IN_A_ROW = 10
 FEW_SAMPLES = 1_000  # the share of bad samples is not judged before
@@ -100,6 +101,7 @@ class Loop:
         patience: int | None = None,
         fetching: Callable[[], str] = no_reason,
         asked: Callable[[], bool] = lambda: False,
+        stall_after: float | None = None,
     ) -> None:
         self.run = run
         self.engine = engine
@@ -118,6 +120,7 @@ class Loop:
         self.fetching = fetching
         self.asked = asked
         self._asked_at_last_step: Tensor | None = None
+        self.stalls = StallWatch(run, stall_after)
         self.ledger = Ledger(run / BAD_SAMPLES)
         self.bad: list[dict] = []
         self.skipped = 0
@@ -130,7 +133,7 @@ class Loop:
         """
         if self.state.due:
             self._end_step()
-        with Wait("waiting for data", self.fetching, quiet_s=LONG_S) as wait:
+        with Wait("waiting for data", self.fetching, quiet_s=LONG_S) as wait, self.stalls:
             batches = wait.waits(self.stream)
             while self.state.step < self.schedule.steps and not self._is_out_of_patience():
                 self._step(batches)
@@ -149,7 +152,8 @@ class Loop:
         streamed = next(batches)
         self.waited += time.perf_counter() - asked
         rates = self.rates(self.state.samples)
-        result = self.engine.step(streamed.batch, rates, asked=self.asked())
+        with self.stalls.step(self.state.step + 1):
+            result = self.engine.step(streamed.batch, rates, asked=self.asked())
         self.state.step += 1
         self.state.samples = streamed.position_after
         self.bad += [{"step": self.state.step, **entry} for entry in streamed.bad]

@@ -66,6 +66,8 @@ class RunConfig(Config):
     """The page at the end."""
     log: LogConfig = LogConfig()
     """What is written down, and how often."""
+    stall_after: float | None = Field(900, gt=0)
+    """Seconds that a step may take: a longer one ends the run, which says where each rank stands; null: any."""
 
     @model_validator(mode="after")
     def _sets_that_are_named_exist(self) -> "RunConfig":
@@ -229,6 +231,7 @@ def train(
             patience=config.evaluate.patience,
             fetching=stream.fetching,
             asked=notice.seen,
+            stall_after=config.stall_after,
         )
         try:
             loop()
