@@ -76,6 +76,10 @@ def save(run: Path, state: TrainState, engine: Engine) -> Path:
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        if (
+            shutil.disk_usage(temporary).free < needed
+        ):  # before the first byte, of which there may be a terabyte
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def commit() -> None:
         content = {**dataclasses.asdict(state), "optimizer_steps": steps, "files": files}

@@ -50,6 +50,8 @@ LONGEST = (
     "export",
     "explore_page",
     "explain",
+    "stalls",
+    "encoders_page",
     "fusion",
     "stream",
     "contributing",

@@ -208,6 +208,25 @@ def test_a_fault_at_every_file_operation(tmp_path: Path) -> None:
         assert "the disk is full" in message and "step_00000002" in message and "bytes needed" in message
 
 
+def test_too_little_room_is_seen_before_the_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(0)
+    train(engine, 1)
+    good = save(tmp_path, engine)
+    train(engine, 2)
+    needed = sum(size for size, _, _ in checkpoint._sizes(engine))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    monkeypatch.setattr(checkpoint, "TensorFile", None)  # nothing is to be written
+    with pytest.raises(UserError, match=f"the disk is full \\({needed:,} bytes needed, {needed - 1:,} free"):
+        save(tmp_path, engine)
+    assert checkpoint.latest(tmp_path) == good and list((tmp_path / "checkpoints").iterdir()) == [good]
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    assert checkpoint.latest(tmp_path) != save(tmp_path, engine)
+
+
 def damages(folder: Path) -> list[str]:
     engine = start(0)
     warned: list[str] = []

@@ -4,7 +4,6 @@ import http.client
 import os
 import re
 import select
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -22,14 +21,14 @@ from mm.models.folder import save_model
 from mm.models.fused import Fused
 from mm.models.heads import AnswerHead, WritingHead, widths
 from tests import tiny, videos
+from tests.browser import browser, needs_chromium, playwright
 from tests.dist import launch_program
 from tests.test_explore import HOSTILE, animated, bomb
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'mm[dev]'")
 pytest.importorskip("gradio", reason="needs gradio: pip install 'mm[explore]'")
+__all__ = ["browser"]
 pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium"),
+    needs_chromium,
     # no browser of its own may be reached for, and the page starts slowly on a busy machine
     pytest.mark.timeout(240),
 ]
@@ -119,15 +118,6 @@ def _until(process, pattern: str) -> str:
         if select.select([process.stdout], [], [], 1.0)[0]:
             said += os.read(process.stdout.fileno(), 2**16).decode()
     return said
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A Chromium without a window."""
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 class Visit:
