@@ -15,18 +15,20 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from PIL import Image
 from pydantic import Field
 
 from eval.bench.resume import ResumeConfig, measure
-from eval.models import load
+from eval.exploring.index import build_index
+from eval.models import Given
 from mm import program, report
 from mm.config import Config, parse
 from mm.data import decode
 from mm.errors import Failure, UserError
-from mm.evaluators.sets import SetConfig, open_set
+from mm.evaluators.sets import SetConfig
+from mm.evaluators.store import default_store
 from mm.explain.explanation import explain_text
 from mm.explain.picture import draw
 from mm.report.elements import document, keys
@@ -40,7 +42,7 @@ SCHEMES: tuple[Literal["light"], Literal["dark"]] = ("light", "dark")
 WIDTH, HEIGHT = 1128, 760
 QUALITY = 82  # of WebP
 STARTS_S = 300
-KINDS = ("report", "search", "why", "resume")
+Kind = Literal["report", "search", "why", "resume"]
 
 
 class PicturesConfig(Config):
@@ -56,7 +58,7 @@ class PicturesConfig(Config):
     """What is searched for."""
     explained: tuple[str, ...] = ("a pickup truck", "a kangaroo")
     """Texts: each is explained on the image of the set that it finds first."""
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[Kind, ...] = get_args(Kind)
     """Which of them are made."""
     resume: ResumeConfig = Field(
         default_factory=lambda: ResumeConfig(ranks=(1, 2), out=Path("build/pictures/resume"))
@@ -68,15 +70,17 @@ class PicturesConfig(Config):
 
 def main(argv: list[str]) -> None:
     config = parse(PicturesConfig, argv, "eval.pictures")
-    for kind in config.kinds:
-        if kind not in KINDS:
-            raise UserError(f"kinds: there is no picture {kind!r}; known: {', '.join(KINDS)}")
     report.check(config.model)
     config.out.mkdir(parents=True, exist_ok=True)
     makers = {"report": _report, "search": _search, "why": _why, "resume": _resume}
     with chromium() as browser:
         for kind in config.kinds:
             makers[kind](config, browser)
+
+
+def find_chromium() -> str | None:
+    """The Chromium of this machine; None where there is none."""
+    return next(filter(None, map(shutil.which, CHROMIUMS)), None)
 
 
 @contextlib.contextmanager
@@ -86,7 +90,7 @@ def chromium() -> "Iterator[Browser]":
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise UserError("the pictures need playwright: pip install 'mm[dev]'") from None
-    path = next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    path = find_chromium()
     if path is None:
         raise UserError("the pictures need a Chromium on the PATH: apt-get install chromium")
     with sync_playwright() as driver:
@@ -171,13 +175,14 @@ def _explored(config: PicturesConfig) -> Iterator[str]:
 
 def _why(config: PicturesConfig, browser: "Browser") -> None:
     """What texts rest on, in the images that fit them best."""
-    model, samples = load(str(config.model)), open_set(SetConfig(data=config.data, split="test"))
-    images = [decode.image(decode.image_member(samples[i])) for i in range(len(samples))]
-    embedded = model.encode_image(images)
+    cache = default_store()
+    given = Given(str(config.model), cache)
+    model, index = given.model, build_index(given, SetConfig(data=config.data, split="test"), cache)
     drawn = []
     for text in config.explained:
-        found = int((embedded @ model.encode_text([text])[0]).argmax())
-        drawn.append(Image.open(io.BytesIO(draw(explain_text(model, images[found], text)))))
+        (found,) = index.nearest(model.encode_text([text])[0], 1)
+        image = decode.image(decode.image_member(index.samples[index.facts[found.place]["index"]]))
+        drawn.append(Image.open(io.BytesIO(draw(explain_text(model, image, text)))))
     whole = Image.new("RGB", (sum(one.width for one in drawn), max(one.height for one in drawn)), "white")
     for i, one in enumerate(drawn):
         whole.paste(one, (sum(other.width for other in drawn[:i]), 0))

@@ -76,6 +76,25 @@ class Shown:
         if kind is None and self._has_lines:
             _line(f"{self.title}: {self.text(over=True)}")
 
+    def _waited_for(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; told of the begin and the end of the wait for each."""
+        iterator = iter(items)
+        while True:
+            self._wait_begins()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._wait_ends()
+            yield item
+
+    def _wait_begins(self) -> None:
+        raise NotImplementedError
+
+    def _wait_ends(self) -> None:
+        raise NotImplementedError
+
     @property
     def seconds(self) -> float:
         """Since the start."""
@@ -125,18 +144,16 @@ class Progress(Shown):
 
     def waits(self, items: Iterable[T], why: Callable[[], str] = no_reason) -> Iterator[T]:
         """The items; the time until each is there counts as waiting for data. why: told where one takes long."""
-        iterator = iter(items)
-        waited, self._why = 0.0, why
-        while True:
-            self._waited, self._waits_since = waited, time.monotonic()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                waited += time.monotonic() - self._waits_since
-                self._waited, self._waits_since = waited, None
-            yield item
+        self._waited, self._why = 0.0, why
+        return self._waited_for(items)
+
+    def _wait_begins(self) -> None:
+        self._waits_since = time.monotonic()
+
+    def _wait_ends(self) -> None:
+        assert self._waited is not None and self._waits_since is not None
+        waited = self._waited + time.monotonic() - self._waits_since
+        self._waited, self._waits_since = waited, None
 
     @property
     def left(self) -> float:
@@ -176,16 +193,13 @@ class Wait(Shown):
 
     def waits(self, items: Iterable[T]) -> Iterator[T]:
         """The items; shown is the wait for the next one, and nothing between two."""
-        iterator = iter(items)
-        while True:
-            self._since = self._last_line = time.monotonic()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self._since, self._has_lines = None, False
-            yield item
+        return self._waited_for(items)
+
+    def _wait_begins(self) -> None:
+        self._since = self._last_line = time.monotonic()
+
+    def _wait_ends(self) -> None:
+        self._since, self._has_lines = None, False
 
     @property
     def seconds(self) -> float:

@@ -81,12 +81,13 @@ def find(folders: Sequence[str | Path]) -> list[Run]:
         path = folder.expanduser()
         if not path.is_dir():
             raise UserError(f"{folder} is not a folder; name one that holds runs, such as runs/, or a run")
-        inside = [path] if _is_run(path) else [child for child in path.iterdir() if _is_run(child)]
+        inside = [path] if is_run(path) else [child for child in path.iterdir() if is_run(child)]
         found.update({child.resolve(): child for child in inside})
     return sorted(map(read, found.values()), key=lambda run: (run.age_s, run.name))
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run."""
     return (path / METRICS).is_file() or (path / CONFIG).is_file()
 
 

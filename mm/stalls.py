@@ -37,6 +37,7 @@ class StallWatch:
 
     def __init__(self, run: Path, seconds: float | None) -> None:
         self.run, self.seconds = run, seconds
+        self._here = here()
         self._at = "the start"
         self._since: float | None = None
         self._over = threading.Event()
@@ -88,9 +89,11 @@ class StallWatch:
                 if self._store.check(["mm/stalled"]):
                     self._end(self._store.get("mm/stalled").decode())
 
+    def _said(self) -> dict[str, Any]:
+        return {"at": self._at, "time": time.time(), **self._here}
+
     def _say(self) -> None:
-        said = {"at": self._at, "time": time.time(), **here()}
-        self._store.set(f"mm/at/{distributed.rank()}", json.dumps(said))
+        self._store.set(f"mm/at/{distributed.rank()}", json.dumps(self._said()))
 
     def _told(self) -> str:
         """Who is behind, for a person."""
@@ -127,13 +130,12 @@ class StallWatch:
         )
 
     def _is_stopped(self, said: dict[str, Any]) -> None:
-        ours = here()
-        if all(said.get(key) == ours[key] for key in ("host", "boot")):
+        if all(said.get(key) == self._here[key] for key in ("host", "boot")):
             self._stopped.append(int(said["pid"]))
 
     def _read(self, rank: int) -> dict[str, Any]:
         if self._store is None:
-            return {"at": self._at, "time": time.time(), **here()}
+            return self._said()
         if not self._store.check([f"mm/at/{rank}"]):
             return {}
         said: dict[str, Any] = json.loads(self._store.get(f"mm/at/{rank}"))

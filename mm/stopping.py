@@ -61,13 +61,13 @@ def withdraw(run: Path) -> None:
 
 def ask(folders: list[str]) -> None:
     """`mm stop RUN ...`: leave the file in the folders of runs. UserError for what is no run, or has ended."""
-    from mm.runs import find
+    from mm.runs import find, is_run
 
     for folder in folders:
         path = Path(folder).expanduser()
-        run = next((found for found in find([folder]) if Path(found.folder) == path), None)
-        if run is None:
+        if path.is_dir() and not is_run(path):
             raise UserError(f"{folder} is no run folder; mm runs lists those of a folder")
+        (run,) = find([folder])
         if run.state in ("finished", "failed", "stopped", "not begun"):
             raise UserError(f"{folder} is not running: it is {run.state}")
         (path / FILE).touch()

@@ -1,12 +1,13 @@
 """A real browser for tests of pages. Whoever imports this is skipped, with the reason, where there is none."""
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from eval.pictures import find_chromium
+
+CHROMIUM = find_chromium()
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'mm[dev]'")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium")
 

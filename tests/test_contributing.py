@@ -12,6 +12,7 @@ import pytest
 from mm.models.folder import save_model
 from tests import tiny
 from tests.dist import alone
+from tests.test_docs import fenced
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +21,7 @@ def blocks(language):
     """The fenced pieces of a language in the section on tasks."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     section = text[text.index("**A task.**") : text.index("**An evaluation.**")]
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    return fenced(section, language)
 
 
 @pytest.fixture(scope="module")

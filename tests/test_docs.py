@@ -31,10 +31,13 @@ SHELL = ("&", "&&", ";", "|", ">", ">>")  # what may follow a command
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced pieces of a language, without the indentation of a list around them."""
-    found = re.findall(
-        rf"^([ ]*)```{language}\n(.*?)^\1```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
+    """The fenced pieces of a language."""
+    return fenced(page.read_text("utf-8"), language)
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """Of a text, without the indentation of a list around them."""
+    found = re.findall(rf"^([ ]*)```{language}\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE)
     return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
 
 

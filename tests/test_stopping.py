@@ -1,6 +1,5 @@
 """Asked to stop: the step is finished, the run is saved and ends, and goes on as if nobody had asked."""
 
-import json
 import os
 import signal
 import threading
@@ -18,6 +17,7 @@ from mm.log import Log
 from mm.stopping import FILE, SIGNALS, Notice, withdraw
 from tests.dist import run_ranks
 from tests.test_engine import GLOBAL_BATCH, Regression, engine_of, micro_batches
+from tests.test_pretrain import events
 from train.loop import Loop, Schedule
 
 STEPS = 7
@@ -41,14 +41,9 @@ def trained(run: Path, asked_at: int = 0, every: int = 2) -> dict[str, torch.Ten
     return engine.full_weights()
 
 
-def history(run: Path, *names: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def history(run: Path, name: str) -> list[dict]:
     timed = ("samples_per_s", "data_wait")
-    return [
-        {key: value for key, value in line.items() if key not in timed}
-        for line in lines
-        if line["event"] in names
-    ]
+    return [{key: value for key, value in line.items() if key not in timed} for line in events(run, name)]
 
 
 @pytest.mark.parametrize("stops", [*([k] for k in range(1, STEPS)), [1, 3], [2, 3, 5], [3, 3]])
@@ -64,8 +59,8 @@ def test_wherever_a_run_is_stopped_it_ends_the_same(stops, tmp_path):
         assert state.step == at and state.due == (at % 2 == 0 or at == STEPS)
     found = trained(tmp_path / "run")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    for names in (("train",), ("eval",)):
-        assert history(tmp_path / "run", *names) == history(tmp_path / "whole", *names)
+    for name in ("train", "eval"):
+        assert history(tmp_path / "run", name) == history(tmp_path / "whole", name)
     assert (tmp_path / "run/model").read_text() == (tmp_path / "whole/model").read_text()
 
 

@@ -25,11 +25,6 @@ class FolderSet:
     """The samples of such a folder, sorted by path: `len`, `[i]`, iteration. Hidden files, and what is no image by its
     name, are passed over."""
 
-    @staticmethod
-    def fetching() -> str:
-        """As `ShardSet.fetching`: a folder lies here."""
-        return ""
-
     def __init__(self, folder: str | Path) -> None:
         """Raises UserError: no images, a class without images, classes beside images, or a folder that cannot be
         read."""
@@ -68,6 +63,11 @@ class FolderSet:
     def paths(self) -> list[str]:
         """Where the samples lie, for messages."""
         return [self.folder]
+
+    @staticmethod
+    def fetching() -> str:
+        """As `ShardSet.fetching`: a folder lies here."""
+        return ""
 
     def __len__(self) -> int:
         return len(self._files)

@@ -112,7 +112,9 @@ def picture(run: Path, config: ReportConfig) -> "Gallery | None":
 
 def check(run: Path) -> None:
     """UserError where a folder holds no run."""
-    if not (run / "metrics.jsonl").is_file() and not (run / "config.yaml").is_file():
+    from mm.runs import is_run
+
+    if not is_run(run):
         raise UserError(f"{run} is not a run folder: it has neither metrics.jsonl nor config.yaml")
 
 
