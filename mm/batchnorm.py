@@ -16,7 +16,7 @@ def share_statistics(
     Batch normalisation that trains sees all ranks' batches with `sync` on GPUs (SyncBatchNorm; there is none
     for CPUs). Locked ones are left alone.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _trains(m)]
+    norms = _norms(module)
     if not norms:
         return module, [], []
     where = []
@@ -37,6 +37,11 @@ def share_statistics(
     return module, statistics, [apart]
 
 
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """What a forward pass changes in batch normalisation that trains."""
+    return [buffer for norm in _norms(module) for buffer in norm.buffers(recurse=False)]
+
+
 @torch.no_grad()
 def average_statistics(statistics: Sequence[Tensor]) -> None:
     """Make running statistics the mean over ranks: all evaluate and save the same model. Collective."""
@@ -44,6 +49,10 @@ def average_statistics(statistics: Sequence[Tensor]) -> None:
         flat = distributed.mean(torch.cat([t.flatten() for t in statistics]))
         for t, mean in zip(statistics, flat.split([t.numel() for t in statistics]), strict=True):
             t.copy_(mean.view_as(t))
+
+
+def _norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _trains(m)]
 
 
 def _trains(module: nn.Module) -> bool:

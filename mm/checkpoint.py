@@ -43,7 +43,7 @@ class TrainState:
 
     step: int
     samples: int
-    """Position of the stream: the samples seen."""
+    """Samples seen, those of skipped steps too; with `stepped_over` the position of the stream."""
     stream: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Identity of the stream, which a resumed run must have too."""
     bad: int = 0
@@ -53,8 +53,22 @@ class TrainState:
     """Evaluations since that of the best metric."""
     due: bool = False
     """The evaluation of this step is still to be made: the run was asked to stop before it."""
+    stepped_over: int = 0
+    """Samples of the stream that the run has left out, going back to a checkpoint."""
+    guard: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What `train.guard` remembers of the last steps."""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     version: int = VERSION
+
+    @property
+    def position(self) -> int:
+        """Where the stream goes on."""
+        return self.samples + self.stepped_over
+
+    def become(self, other: "TrainState") -> None:
+        """Take over all of another state."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(other, field.name))
 
 
 def folder(run: Path, step: int) -> Path:
@@ -101,13 +115,15 @@ def save(run: Path, state: TrainState, engine: Engine) -> Path:
     return final
 
 
-def latest(run: Path, warn: Callable[[str], None] = warnings.warn) -> Path | None:
-    """The newest complete checkpoint whose checksums are right; None where there is none at all. Collective.
+def latest(run: Path, warn: Callable[[str], None] = warnings.warn, before: int | None = None) -> Path | None:
+    """The newest complete checkpoint (of a step `before` that one) whose checksums are right; None where there is none
+    at all. Collective.
 
     Tells `warn` (on rank 0) of each damaged one that it passes over. Raises UserError when all are damaged: a
     run never silently begins again.
     """
-    found = distributed.broadcast_object([str(path) for path in reversed(_complete(run))])
+    there = [path for path in reversed(_complete(run)) if before is None or _step(path) < before]
+    found = distributed.broadcast_object([str(path) for path in there])
     mistakes = []
     for path in map(Path, found):
         mistake = _damage(path)
@@ -122,6 +138,11 @@ def latest(run: Path, warn: Callable[[str], None] = warnings.warn) -> Path | Non
             "the folder away to start from the beginning"
         )
     return None
+
+
+def exists(run: Path) -> bool:
+    """Whether there is a complete checkpoint, good or damaged."""
+    return bool(_complete(run))
 
 
 def read_state(path: Path) -> TrainState:
@@ -165,6 +186,15 @@ def load(path: Path, engine: Engine, verify: bool = True) -> TrainState:
             content["step"],
         )
     return read_state(path)
+
+
+def discard_after(run: Path, step: int) -> None:
+    """Remove the checkpoints of later steps. Collective."""
+    if distributed.is_main():
+        for path in _complete(run):
+            if _step(path) > step:
+                _remove(path)
+    distributed.barrier()
 
 
 def prune(run: Path, keep_last: int, keep: Collection[int] = ()) -> None:

@@ -1,10 +1,12 @@
 """The one place that knows DeepSpeed: a step of training, whatever the ZeRO stage, precision and ranks."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,12 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mm import distributed
-from mm.batchnorm import average_statistics, share_statistics
+from mm.batchnorm import average_statistics, running_statistics, share_statistics
 from mm.config import Config
 from mm.errors import UserError
-from mm.zero import MOMENTS, Shards
+from mm.zero import MOMENTS, Shards, judge_norm
 
 Batch = Mapping[str, Any]
+Accept = Callable[[float, float], bool]
+"""Whether a step of this loss and gradient norm, both finite and the same on all ranks, may change the weights."""
 _ASKED = "asked to stop"  # beside the figures of a step, so that telling all ranks costs nothing more
 
 
@@ -53,7 +57,7 @@ class StepResult(NamedTuple):
     """L2 norm before clipping."""
     figures: dict[str, Tensor]
     skipped: bool
-    """The gradients were not finite, so the weights are what they were before."""
+    """The gradients were not finite, or the step was not accepted: the weights are what they were before."""
     asked: Tensor
     """Above 0 where any rank was asked to stop; the same on all."""
 
@@ -98,6 +102,7 @@ class Engine:
         )
         self.notes.extend(notes)
         self.module = module.train()  # its parts may come from a model that was loaded for use
+        self._running = running_statistics(self.module)
         optimizer = torch.optim.AdamW(
             [dict(group) for group in groups], lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True
         )
@@ -106,6 +111,9 @@ class Engine:
         if config.zero_stage == 0 and distributed.world_size() == 1:
             self._ds.enable_backward_allreduce = False  # it would copy all gradients twice, for nothing
         self._optimizer: torch.optim.Optimizer = self._ds.basic_optimizer
+        self._norm, self._accepts = torch.zeros(()), _always
+        if config.zero_stage > 0:
+            judge_norm(self._ds.optimizer, config.zero_stage, self._judge)
         if config.compile:
             self.module.compile()
         self.shards = Shards(self._ds, self.module, config.zero_stage)
@@ -120,37 +128,47 @@ class Engine:
             self.ema = {n: p.weight.detach().clone() for n, p in pieces if p.state_key is not None}
 
     def step(
-        self, batches: Sequence[Batch], lr: float | Mapping[str, float], asked: bool = False
+        self,
+        batches: Sequence[Batch],
+        lr: float | Mapping[str, float],
+        asked: bool = False,
+        accept: Accept | None = None,
     ) -> StepResult:
         """Learn from this rank's micro-batches (as many as `accumulation`) at rate `lr`, or at those by name.
 
         Dropout and all else that draws from torch's generators depends on (seed, step, rank) alone. A step
-        whose gradients are not finite is skipped by all ranks. asked: this rank was asked to stop; all are told.
+        whose gradients are not finite, or that `accept` refuses, is skipped by all ranks: weights, moments, averages and
+        running statistics stay, bit for bit. asked: this rank was asked to stop; all are told.
         """
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches, not {self.accumulation}"
         self._set_rates(lr)
         torch.manual_seed(_mix(self.seed, self.steps, distributed.rank()))
+        before = [statistic.clone() for statistic in self._running]
         total: dict[str, Tensor] = {}
         for batch in batches:
             loss, figures = self._ds(_to(batch, self.device))
             self._ds.backward(loss)
-            if self._ds.is_gradient_accumulation_boundary():
-                norm, skipped = self._clip()
-            self._ds.step()
             for name, value in {"": loss, **figures}.items():
                 value = value.detach().float().reshape(())
                 total[name] = total[name] + value if name in total else value
+            if self._ds.is_gradient_accumulation_boundary():
+                total[_ASKED] = torch.tensor(float(asked), device=self.device)
+                means = distributed.mean(torch.stack(list(total.values()))) / len(batches)
+                values = dict(zip(total, means.unbind(), strict=True))
+                mean_loss = values.pop("")
+                self._accepts = _always if accept is None else partial(accept, mean_loss.item())
+                skipped = self._clip()
+            self._ds.step()
         if self.config.zero_stage > 0:
             skipped = bool(self._ds.optimizer.overflow)
-            norm = torch.as_tensor(self._ds.optimizer._global_grad_norm, dtype=torch.float32)
-        total[_ASKED] = torch.tensor(float(asked), device=self.device)
-        means = distributed.mean(torch.stack(list(total.values()))) / len(batches)
-        values = dict(zip(total, means.unbind(), strict=True))
-        if not skipped:
+        if skipped:
+            for statistic, value in zip(self._running, before, strict=True):
+                statistic.copy_(value)
+        else:
             self._average_weights()
-        average_statistics(self._statistics)
+            average_statistics(self._statistics)
         self.steps += 1
-        return StepResult(values.pop(""), norm, values, skipped, values.pop(_ASKED))
+        return StepResult(mean_loss, self._norm, values, skipped, values.pop(_ASKED))
 
     @contextmanager
     def evaluating(self, ema: bool = True) -> Iterator[nn.Module]:
@@ -265,19 +283,26 @@ class Engine:
             rate = lr if isinstance(lr, float | int) else lr[group["rate"]]
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
-    def _clip(self) -> tuple[Tensor, bool]:
-        """Norm of the gradients of stage 0, clipped; where it is not finite they go, so AdamW does nothing.
-        From stage 1 on DeepSpeed does the same itself."""
+    def _clip(self) -> bool:
+        """Clip the gradients of stage 0; whether the step is skipped, then they go, so AdamW does nothing. From stage 1
+        on DeepSpeed does the same itself, and asks `_judge`."""
+        self._norm = torch.full((), math.inf)
         if self.config.zero_stage > 0:
-            return torch.zeros(()), False
+            return False
         grads = [p.grad for p in self._trained if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        skipped = not torch.isfinite(norm).item()
-        if skipped:
+        if not self._judge(norm):
             self._ds.zero_grad()
-        elif self.config.grad_clip:
+            return True
+        if self.config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self._trained, self.config.grad_clip, norm)
-        return norm, skipped
+        return False
+
+    def _judge(self, norm: Tensor) -> bool:
+        """Whether a step of this gradient norm, which all ranks share, changes the weights."""
+        self._norm = norm.detach().float()
+        value = self._norm.item()
+        return math.isfinite(value) and self._accepts(value)
 
     @torch.no_grad()
     def _average_weights(self) -> None:
@@ -285,6 +310,10 @@ class Engine:
             decay = min(self.config.ema_decay, (1 + self.steps) / (10 + self.steps))
             weights = [self.shards.pieces[name].weight for name in self.ema]
             torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
+
+
+def _always(norm: float) -> bool:
+    return True
 
 
 def accumulation(config: EngineConfig, global_batch: int) -> int:

@@ -56,12 +56,10 @@ class Log:
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._folder = folder
+        self._open(start)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            hide_from = start + 1 if start else None
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=hide_from)
+            self._open_tensorboard(start)
         if wandb is not None:
             self._wandb = _start_wandb(wandb, folder)
 
@@ -102,6 +100,16 @@ class Log:
         elif step % self.every == 0 or samples >= total:
             message(f"step {step}  {self._last}")
 
+    def go_back(self, step: int) -> None:
+        """Drop the lines and the points of later steps: the run goes on from that one."""
+        if not self._enabled:
+            return
+        self._file.close()
+        self._open(step, cutting=True)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._open_tensorboard(step)
+
     def close(self) -> None:
         """End the live bar and write out what is buffered; further calls are an error."""
         if self._bar is not None:
@@ -122,6 +130,18 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open(self, step: int, cutting: bool = False) -> None:
+        path = self._folder / "metrics.jsonl"
+        if cutting:
+            cut(path, step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def _open_tensorboard(self, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        hide_from = start + 1 if start else None
+        self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=hide_from)
 
 
 def message(text: str) -> None:

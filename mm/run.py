@@ -14,12 +14,16 @@ from mm.runs import CONFIG, LOCK, METRICS
 from mm.stopping import withdraw
 
 BAD_SAMPLES = "bad_samples.jsonl"
+SKIPPED_SAMPLES = "skipped_samples.jsonl"
+SLURM = "slurm"
+"""What the batch scripts keep in a run folder, before the run is opened."""
 
 FREE_KEYS = (
     "out",
     "extend",
     "log",
     "stall_after",
+    "guard",
     "data.workers",
     "data.prefetch",
     "data.shards",
@@ -102,7 +106,7 @@ def _claim(out: Path, config: Config) -> None:
         # a config alone is of a run that ended at a mistake in it, which may be mended now
         if _has_lines(out / METRICS) or (out / "checkpoints").exists():
             _check_same_run(out, config)
-        elif out.is_dir() and any(out.iterdir()) and not path.exists():
+        elif out.is_dir() and any(file.name != SLURM for file in out.iterdir()) and not path.exists():
             raise UserError(
                 f"out={out} exists, is not empty and is no run of mm ({CONFIG} is missing); "
                 "name another folder"

@@ -4,7 +4,8 @@ One view over DeepSpeed's stages (Rajbhandari et al. 2020), by parameter name: s
 on every rank, stages 1 and 2 cut the optimizer's copy, stage 3 cuts the parameters too. Everything is fp32.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def judge_norm(optimizer: Any, stage: int, accepts: Callable[[Tensor], bool]) -> None:
+    """Have DeepSpeed's optimizer of a stage from 1 on ask before each step, with the L2 norm of all gradients (0-D):
+    one that is refused it takes for an overflow, so it throws the gradients away and changes nothing."""
+    if stage < 3:
+        norm = optimizer.scaled_global_norm
+
+        def judged(*args: Any, **keys: Any) -> Tensor:
+            found: Tensor = norm(*args, **keys)
+            return found if accepts(found) else torch.full_like(found, math.inf)
+
+        optimizer.scaled_global_norm = judged
+        return
+    norms = optimizer._get_norm_groups
+
+    def judged_groups() -> list[Tensor]:
+        found = [torch.as_tensor(one) for one in norms()]
+        stacked = torch.stack(found)
+        # a norm that is not finite comes as -1
+        whole = torch.linalg.vector_norm(stacked) if (stacked >= 0).all() else stacked.new_tensor(math.inf)
+        return found if accepts(whole) else [torch.full_like(one, math.inf) for one in found]
+
+    optimizer._get_norm_groups = judged_groups
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from mm.data.stream import StreamBatch
 from mm.errors import UserError
 from mm.log import Log
 from tests.test_engine import GLOBAL_BATCH, Regression, engine_of, micro_batches
+from train.guard import GuardConfig
 from train.loop import Loop, Schedule
 
 STEPS = 6
@@ -111,12 +112,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_written_down(tmp_path):
     assert all(weight.isfinite().all() for weight in loop.engine.module.parameters())
 
 
-def test_too_many_skips_in_a_row_end_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.loop.SKIPS_IN_A_ROW", 3)
+def test_too_many_skips_in_a_row_end_the_run(tmp_path):
     loop, _ = loop_of(tmp_path, [0.5] * STEPS, write_model=lambda state: None)
+    loop.guard.config = GuardConfig(max_skips=3)
     for streamed in loop.stream[1:]:
         streamed.batch[0]["x"].fill_(math.nan)
-    with pytest.raises(UserError, match="3 steps in a row .* up to step 4"):
+    with pytest.raises(UserError, match="3 steps in a row were skipped .* up to step 4"):
         loop()
 
 

@@ -481,3 +481,13 @@ def test_resampling_passes_over_a_damaged_shard(folder: Path, tmp_path: Path) ->
     entries = [entry for batch in stream for entry in batch.bad]
     assert entries and {os.path.basename(entry["shard"]) for entry in entries} == {"shard-000002.tar"}
     assert all("not a whole tar" in entry["reason"] for entry in entries)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_samples_of_a_batch_can_be_named(folder: Path, ranks: int) -> None:
+    for rank in range(ranks):
+        stream = open_stream(folder, stop=12 * 8, rank=rank, world_size=ranks)
+        for number, batch in enumerate(stream):
+            named = stream.named(number * 12)
+            assert [int(entry["key"]) for entry in named] == [key for key, *_ in records(batch)]
+            assert {entry["position"] // 12 for entry in named} == {number}

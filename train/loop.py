@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -17,12 +17,12 @@ from mm.data.ledger import Ledger
 from mm.data.stream import StreamBatch
 from mm.engine import Engine, StepResult
 from mm.errors import Stopped, UserError
-from mm.log import Log, message
+from mm.log import Log, cut, message
 from mm.progress import LONG_S, Wait, no_reason
-from mm.run import BAD_SAMPLES
+from mm.run import BAD_SAMPLES, SKIPPED_SAMPLES
 from mm.stalls import StallWatch
+from train.guard import Guard, GuardConfig, rewind
 
-SKIPS_IN_A_ROW = 10
 FEW_SAMPLES = 1_000  # the share of bad samples is not judged before
 
 Figures = dict[str, dict[str, float]]
@@ -79,6 +79,15 @@ class Schedule:
         )
 
 
+class _GoBack(Exception):
+    """A step would have done harm, and the run goes back to a checkpoint."""
+
+    def __init__(self, why: str, result: StepResult, reached: int) -> None:
+        """reached: the position of the stream after that step."""
+        super().__init__(why)
+        self.result, self.reached = result, reached
+
+
 class Loop:
     """Runs an engine over a stream until the schedule ends, and leaves the run folder as it goes."""
 
@@ -102,7 +111,15 @@ class Loop:
         fetching: Callable[[], str] = no_reason,
         asked: Callable[[], bool] = lambda: False,
         stall_after: float | None = None,
+        guard: GuardConfig | None = None,
+        reopen: Callable[[TrainState], Iterable[StreamBatch]] | None = None,
+        named: Callable[[int], list[dict[str, Any]]] = lambda position: [],
     ) -> None:
+        """
+        Args:
+            reopen: the stream from where a state stands; needed to go back to a checkpoint.
+            named: this rank's samples of the batch at a position, as the ledger names them.
+        """
         self.run = run
         self.engine = engine
         self.stream = stream
@@ -121,9 +138,11 @@ class Loop:
         self.asked = asked
         self._asked_at_last_step: Tensor | None = None
         self.stalls = StallWatch(run, stall_after)
-        self.ledger = Ledger(run / BAD_SAMPLES)
+        self.guard = Guard(guard or GuardConfig(), state)
+        self.batch = schedule.samples // schedule.steps
+        self.reopen, self.named = reopen, named
+        self.ledger, self.skipped = Ledger(run / BAD_SAMPLES), Ledger(run / SKIPPED_SAMPLES)
         self.bad: list[dict] = []
-        self.skipped = 0
         self._restart_clock()
 
     def __call__(self) -> None:
@@ -133,16 +152,27 @@ class Loop:
         """
         if self.state.due:
             self._end_step()
-        with Wait("waiting for data", self.fetching, quiet_s=LONG_S) as wait, self.stalls:
-            batches = wait.waits(self.stream)
-            while self.state.step < self.schedule.steps and not self._is_out_of_patience():
-                self._step(batches)
+        with self.stalls:
+            while self._goes_on():
+                try:
+                    self._train()
+                except _GoBack as trouble:
+                    self._go_back(trouble)
         if self._is_out_of_patience():
             best = self.state.best
             message(
                 f"stopped at step {self.state.step:,}: {self.best} has not become better in {self.state.since_best} "
                 f"evaluations, since step {best.get('step', 0):,}"
             )
+
+    def _goes_on(self) -> bool:
+        return self.state.step < self.schedule.steps and not self._is_out_of_patience()
+
+    def _train(self) -> None:
+        with Wait("waiting for data", self.fetching, quiet_s=LONG_S) as wait:
+            batches = wait.waits(self.stream)
+            while self._goes_on():
+                self._step(batches)
 
     def _is_out_of_patience(self) -> bool:
         return self.patience is not None and self.state.since_best >= self.patience
@@ -153,11 +183,15 @@ class Loop:
         self.waited += time.perf_counter() - asked
         rates = self.rates(self.state.samples)
         with self.stalls.step(self.state.step + 1):
-            result = self.engine.step(streamed.batch, rates, asked=self.asked())
+            result = self.engine.step(streamed.batch, rates, asked=self.asked(), accept=self.guard.accepts)
+        first = self.state.position
         self.state.step += 1
-        self.state.samples = streamed.position_after
+        self.state.samples = streamed.position_after - self.state.stepped_over
         self.bad += [{"step": self.state.step, **entry} for entry in streamed.bad]
-        self._count_skips(result)
+        if result.skipped:
+            self._skipped(result, first)
+        else:
+            self.state.guard["skips"] = 0
         self._after_step(rates, result)
 
     def _after_step(self, rates: Mapping[str, float], result: StepResult) -> None:
@@ -220,20 +254,66 @@ class Loop:
     def _restart_clock(self) -> None:
         self.clock, self.clock_samples, self.waited = time.perf_counter(), self.state.samples, 0.0
 
-    def _count_skips(self, result: StepResult) -> None:
-        """A step whose gradients are not finite left the weights as they were; too many in a row end the run."""
-        self.skipped = self.skipped + 1 if result.skipped else 0
-        if self.skipped:
-            self.log.event("skip", self.state.step, self.state.samples, loss=float(result.loss))
-            message(
-                f"step {self.state.step} skipped: its gradients are not finite (loss {float(result.loss)})"
-            )
-        if self.skipped == SKIPS_IN_A_ROW:
+    def _skipped(self, result: StepResult, first: int) -> None:
+        """A step that would have done harm left the weights as they were; too many in a row end the run."""
+        action, why = self.guard.action()
+        if action == "rewind" and self.reopen and distributed.from_main(lambda: checkpoint.exists(self.run)):
+            raise _GoBack(why, result, self.state.position)
+        step, limit = self.state.step, self.guard.config.max_skips
+        self.state.guard["skips"] = skips = self.state.guard.get("skips", 0) + 1
+        self._log_trouble("skip", why, result, first, self.state.position, batch=first)
+        message(f"step {step:,} skipped: {why} (loss {float(result.loss):.4g})")
+        if skips >= limit:
             raise UserError(
-                f"{self.skipped} steps in a row had gradients that are not finite, up to step {self.state.step}. Start "
-                "another run (out=...) with a lower optim.lr, a longer optim.warmup, or engine.grad_clip; the newest "
-                f"of {self.run / 'checkpoints'} is from before or among them"
+                f"{skips} steps in a row were skipped (guard.max_skips), up to step {step:,}: {why}. Start another run "
+                "(out=...) with a lower optim.lr, a longer optim.warmup, or engine.grad_clip; the newest of "
+                f"{self.run / 'checkpoints'} is from before or among them"
             )
+
+    def _log_trouble(
+        self, event: str, why: str, result: StepResult, first: int, end: int, *, batch: int
+    ) -> None:
+        """What was not learnt from: the positions [first, end) of the stream, and the samples of the batch that made
+        the trouble, which begins at `batch`."""
+        self.log.event(
+            event,
+            self.state.step,
+            self.state.samples,
+            reason=why,
+            loss=float(result.loss),
+            grad_norm=float(result.grad_norm),
+            positions=[first, end],
+        )
+        mine = [{"step": self.state.step, "reason": why, **entry} for entry in self.named(batch)]
+        entries = [entry for of_rank in distributed.gather_objects(mine) for entry in of_rank]
+        if distributed.is_main():
+            self.skipped.add(entries)
+
+    def _go_back(self, trouble: _GoBack) -> None:
+        """Go on from an earlier checkpoint, with the samples after those that made trouble."""
+        at = self.state.step
+        rewind(
+            self.run, self.engine, self.state, self.guard.config, trouble.reached, self.batch, str(trouble)
+        )
+        step, end = self.state.step, self.state.position
+        first = end - self.state.guard["left_out"]
+        if distributed.is_main():
+            self.log.go_back(step)
+            for ledger in (self.ledger, self.skipped):
+                cut(ledger.path, step)
+        self.bad = []
+        self._log_trouble(
+            "rewind", str(trouble), trouble.result, first, end, batch=trouble.reached - self.batch
+        )
+        message(
+            f"step {at:,} would have done harm: {trouble} (loss {float(trouble.result.loss):.4g}); back to step "
+            f"{step:,}, and over the {end - first:,} samples since"
+        )
+        self._save()
+        checkpoint.discard_after(self.run, step)
+        assert self.reopen is not None
+        self.stream = self.reopen(self.state)
+        self._restart_clock()
 
     def _write_ledger(self) -> None:
         entries = [entry for of_rank in distributed.gather_objects(self.bad) for entry in of_rank]

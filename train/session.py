@@ -21,10 +21,11 @@ from mm.log import Log, LogConfig, cut, message
 from mm.models.folder import Model, save_model
 from mm.optim import OptimConfig, learning_rates, parameter_groups, rate_delays
 from mm.report import ReportConfig, software
-from mm.run import BAD_SAMPLES, METRICS, check_same_stream
+from mm.run import BAD_SAMPLES, METRICS, SKIPPED_SAMPLES, check_same_stream
 from mm.runs import here
 from mm.stopping import Notice
 from mm.tasks.task import Task
+from train.guard import GuardConfig
 from train.loop import CheckpointConfig, EvaluationConfig, Figures, Loop, Schedule, figure
 
 
@@ -68,6 +69,9 @@ class RunConfig(Config):
     """What is written down, and how often."""
     stall_after: float | None = Field(900, gt=0)
     """Seconds that a step may take: a longer one ends the run, which says where each rank stands; null: any."""
+
+    guard: GuardConfig = GuardConfig()
+    """Steps that would do harm."""
 
     @model_validator(mode="after")
     def _sets_that_are_named_exist(self) -> "RunConfig":
@@ -181,7 +185,11 @@ def train(
     schedule = config.schedule()
     latest = checkpoint.latest(run, warn=message)
     state = checkpoint.load(latest, engine, verify=False) if latest else TrainState(step=0, samples=0)
-    stream = open_stream(state.samples, schedule.samples)
+
+    def open_from(state: TrainState) -> Stream | Streams:
+        return open_stream(state.position, schedule.samples + state.stepped_over)
+
+    stream = open_from(state)
     check_same_stream(state.stream, stream.identity)
     state.stream, state.config = stream.identity, plain(config)
 
@@ -198,7 +206,7 @@ def train(
         with engine.evaluating():
             try_sets(model, config, tasks)
     if distributed.is_main():
-        for record in (METRICS, BAD_SAMPLES):
+        for record in (METRICS, BAD_SAMPLES, SKIPPED_SAMPLES):
             cut(run / record, state.step if latest else -1)
     logged = Log(run, **config.log.model_dump(), enabled=distributed.is_main(), start=state.step)
     with logged as log, Notice(run) as notice:
@@ -232,6 +240,9 @@ def train(
             fetching=stream.fetching,
             asked=notice.seen,
             stall_after=config.stall_after,
+            guard=config.guard,
+            reopen=open_from,
+            named=stream.named,
         )
         try:
             loop()
@@ -240,7 +251,7 @@ def train(
         except Exception as error:
             log.event("failed", state.step, state.samples, error=str(error) or type(error).__name__)
             raise
-        coverage = stream.coverage(state.samples)
+        coverage = stream.coverage(state.position)
         covered = {"coverage": coverage} if len(coverage) > 1 else {}
         log.event("end", state.step, state.samples, seconds=time.perf_counter() - started, **covered)
 

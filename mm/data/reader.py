@@ -102,6 +102,33 @@ class Reader(IterableDataset[Any]):
         share = len(items) // self.micro_batches
         return [self.collate(items[i : i + share]) for i in range(0, len(items), share)], bad
 
+    def named(self, position: int) -> list[dict[str, Any]]:
+        """The samples of this rank in the global batch at a position, as the ledger names them."""
+        slots = self.order.rank_slots(position, self.global_batch, self.rank, self.ranks)
+        source, own, places = self.order.locate(slots)
+        columns = [part.tolist() for part in (slots, source, own, *places)]
+        found = []
+        for g, number, mine, *where in zip(*columns, strict=True):
+            place, shards, order = Place(*where), self.sets[number], self.order.orders[number]
+            try:
+                drawn = isinstance(order, Draws)
+                index = self._drawn(order, shards, mine, place) if drawn else place.sample
+                key = self._key(shards, place.shard, index)
+            except BadSample:
+                key = ""
+            found.append(self._entry(g, number, place, key))
+        return found
+
+    def _entry(self, g: int, number: int, place: Place, key: str) -> dict[str, Any]:
+        """How a sample is named for a person."""
+        return {
+            "position": g,
+            **({"set": self.names[number]} if len(self.sets) > 1 else {}),
+            "epoch": place.epoch,
+            "shard": self.sets[number].paths[place.shard],
+            "key": key,
+        }
+
     def item(self, g: int, draw: int, number: int, own: int, place: Place, bad: list[dict[str, Any]]) -> Any:
         """The item of a slot; where its sample cannot be used, of another one near it.
 
@@ -123,14 +150,8 @@ class Reader(IterableDataset[Any]):
                 key = sample.key
                 item = self.prepare(sample, random.Random(draw))
             except BadSample as error:
-                entry = entry or {
-                    "position": g,
-                    **({"set": self.names[number]} if len(self.sets) > 1 else {}),
-                    "epoch": place.epoch,
-                    "shard": shards.paths[place.shard],
-                    "key": self._key(shards, place.shard, index) if key is None else key,
-                    "reason": error.reason,
-                }
+                named = self._key(shards, place.shard, index) if key is None else key
+                entry = entry or self._entry(g, number, place, named) | {"reason": error.reason}
             else:
                 if entry is not None:
                     bad.append(entry | {"replaced_by": {"shard": sample.shard, "key": key}})

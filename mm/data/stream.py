@@ -173,6 +173,10 @@ class Stream:
             )
         return lines
 
+    def named(self, position: int) -> list[dict[str, Any]]:
+        """The samples of this rank in the global batch at a position: position, epoch, shard, key (and data set)."""
+        return self._reader.named(position)
+
     def fetching(self) -> str:
         """Which shards this node is fetching, for a person; "" where none. All data sets have one cache."""
         return next(filter(None, (part.shards.fetching() for part in self.parts)), "")

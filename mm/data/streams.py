@@ -48,6 +48,15 @@ class Streams:
             for line in stream.describe(steps * stream.global_batch)
         ]
 
+    def named(self, position: int) -> list[dict[str, Any]]:
+        """As `Stream.named`, of every stream; with several of them the entries say which `task`."""
+        steps = position // self.first.global_batch
+        return [
+            {"task": name, **entry} if len(self.streams) > 1 else entry
+            for name, stream in self.streams.items()
+            for entry in stream.named(steps * stream.global_batch)
+        ]
+
     def fetching(self) -> str:
         """As `Stream.fetching`, of the first that fetches."""
         return next(filter(None, (stream.fetching() for stream in self.streams.values())), "")
