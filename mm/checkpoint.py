@@ -10,7 +10,6 @@ All ranks must see the same run folder.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -28,13 +27,13 @@ from torch import Tensor
 from mm import distributed
 from mm.engine import Engine
 from mm.errors import UserError
-from mm.files import sync
-from mm.tensorfile import TensorFile, damage
+from mm.tensorfile import damage
 from mm.zero import MOMENTS
 
 VERSION = 1
 _MOMENTS = dict.fromkeys(MOMENTS, "moments")
-_FILES = {"weight": "weights", "buffer": "weights", "ema": "ema", **_MOMENTS}
+FILES = {"weight": "weights", "buffer": "weights", "ema": "ema", **_MOMENTS}
+"""Which files hold a kind of tensor."""
 
 
 @dataclasses.dataclass
@@ -76,45 +75,6 @@ def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def save(run: Path, state: TrainState, engine: Engine) -> Path:
-    """Write the checkpoint of `state.step`: wholly, or not at all. Collective.
-
-    A failure on any rank raises UserError on all of them, with the same message; earlier checkpoints are
-    untouched.
-    """
-    assert state.step == engine.steps, f"state at step {state.step}, engine at {engine.steps}"
-    final = folder(run, state.step)
-    temporary = final.with_name(f".{final.name}.tmp")
-    needed = sum(size for size, _, _ in _sizes(engine))
-
-    def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        if (
-            shutil.disk_usage(temporary).free < needed
-        ):  # before the first byte, of which there may be a terabyte
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def commit() -> None:
-        content = {**dataclasses.asdict(state), "optimizer_steps": steps, "files": files}
-        content["sha256"] = _digest(content)
-        _write(temporary / "state.json", json.dumps(content, indent=1).encode())
-        sync(temporary)
-        _put(temporary, final)
-
-    try:
-        _together(prepare, final, needed, only_main=True)
-        shares = _together(_Share(temporary, engine).write, final, needed)
-        files = {name: about for share in shares for name, about in share.items()}
-        steps = engine.optimizer_steps()
-        _together(commit, final, needed, only_main=True)
-    except BaseException:
-        if distributed.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
-
-
 def latest(run: Path, warn: Callable[[str], None] = warnings.warn, before: int | None = None) -> Path | None:
     """The newest complete checkpoint (of a step `before` that one) whose checksums are right; None where there is none
     at all. Collective.
@@ -122,7 +82,7 @@ def latest(run: Path, warn: Callable[[str], None] = warnings.warn, before: int |
     Tells `warn` (on rank 0) of each damaged one that it passes over. Raises UserError when all are damaged: a
     run never silently begins again.
     """
-    there = [path for path in reversed(_complete(run)) if before is None or _step(path) < before]
+    there = [path for path in reversed(complete(run)) if before is None or step_of(path) < before]
     found = distributed.broadcast_object([str(path) for path in there])
     mistakes = []
     for path in map(Path, found):
@@ -142,7 +102,7 @@ def latest(run: Path, warn: Callable[[str], None] = warnings.warn, before: int |
 
 def exists(run: Path) -> bool:
     """Whether there is a complete checkpoint, good or damaged."""
-    return bool(_complete(run))
+    return bool(complete(run))
 
 
 def read_state(path: Path) -> TrainState:
@@ -181,7 +141,7 @@ def load(path: Path, engine: Engine, verify: bool = True) -> TrainState:
             where.update({(filename.split("-")[0], key): file for key in file.keys()})  # noqa: SIM118
         _compare(path, engine, where)
         engine.load_state(
-            lambda kind, name: where[_address(kind, name)].get_tensor(_key(kind, name)),
+            lambda kind, name: where[_address(kind, name)].get_tensor(key_of(kind, name)),
             content["optimizer_steps"],
             content["step"],
         )
@@ -191,8 +151,8 @@ def load(path: Path, engine: Engine, verify: bool = True) -> TrainState:
 def discard_after(run: Path, step: int) -> None:
     """Remove the checkpoints of later steps. Collective."""
     if distributed.is_main():
-        for path in _complete(run):
-            if _step(path) > step:
+        for path in complete(run):
+            if step_of(path) > step:
                 _remove(path)
     distributed.barrier()
 
@@ -201,111 +161,27 @@ def prune(run: Path, keep_last: int, keep: Collection[int] = ()) -> None:
     """Remove all checkpoints but the newest `keep_last` and those of the steps `keep`; and what a kill left
     half. Collective."""
     if distributed.is_main():
-        complete = _complete(run)
-        for path in complete[: max(0, len(complete) - keep_last)]:
-            if _step(path) not in keep:
+        found = complete(run)
+        for path in found[: max(0, len(found) - keep_last)]:
+            if step_of(path) not in keep:
                 _remove(path)
         for path in (run / "checkpoints").glob(".step_*"):
             shutil.rmtree(path, ignore_errors=True)
     distributed.barrier()
 
 
-class _Share:
-    """What this rank writes: its part of the tensors, one safetensors file a kind."""
-
-    def __init__(self, where: Path, engine: Engine) -> None:
-        self.engine = engine
-        self.where = where
-        self.mine = _deal(engine)
-
-    def write(self) -> dict[str, dict[str, Any]]:
-        """{file: {bytes, sha256}}. Gathers on, for the other ranks' sake, even when writing has failed."""
-        files: dict[str, TensorFile] = {}
-        failure: Exception | None = None
-        for kind, _, tensor in self.engine.full_state(wanted=lambda kind, name: (kind, name) in self.mine):
-            if failure is None:
-                try:
-                    stem = _FILES[kind]
-                    if stem not in files:
-                        files[stem] = self._open(stem)
-                    files[stem].add(tensor)
-                except Exception as error:
-                    failure = error
-        for file in files.values():
-            try:
-                file.close(sync=failure is None)
-            except Exception as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
-        return {file.path.name: file.about() for file in files.values()}
-
-    def _open(self, stem: str) -> TensorFile:
-        rank = f"{distributed.rank()}-of-{distributed.world_size()}"
-        tensors = [
-            (_key(kind, name), *self.engine.layout(kind, name))
-            for kind, names in self.engine.names().items()
-            for name in names
-            if _FILES[kind] == stem and (kind, name) in self.mine
-        ]
-        return TensorFile(self.where / f"{stem}-{rank}.safetensors", tensors)
-
-
-def _deal(engine: Engine) -> set[tuple[str, str]]:
-    """The tensors that this rank writes: the largest first, each to the rank that has least."""
-    loads = [0] * distributed.world_size()
-    mine = set()
-    for size, kind, name in sorted(_sizes(engine), reverse=True):
-        rank = loads.index(min(loads))
-        loads[rank] += size
-        if rank == distributed.rank():
-            mine.add((kind, name))
-    return mine
-
-
-def _sizes(engine: Engine) -> list[tuple[int, str, str]]:
-    """(bytes, kind, name) of all tensors of the full state."""
-    return [
-        (dtype.itemsize * shape.numel(), kind, name)
-        for kind, names in engine.names().items()
-        for name in names
-        for dtype, shape in [engine.layout(kind, name)]
-    ]
-
-
-def _together(action: Callable[[], Any], final: Path, needed: int, only_main: bool = False) -> list[Any]:
-    """What the action gave on each rank, or the same UserError on all ranks."""
-    result, message, cause = None, None, None
-    if distributed.is_main() or not only_main:
-        try:
-            result = action()
-        except Exception as error:
-            cause = error
-            message = f"cannot save {final} (rank {distributed.rank()}): {error}"
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = shutil.disk_usage(_existing(final)).free
-                message = (
-                    f"cannot save {final}: the disk is full ({needed:,} bytes needed, {free:,} free); "
-                    "earlier checkpoints are intact. Make room, or keep fewer checkpoints"
-                )
-    outcomes = distributed.gather_objects([result, message])
-    failed = [message for _, message in outcomes if message]
-    if failed:
-        raise UserError(failed[0]) from cause
-    return [result for result, _ in outcomes]
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.parents) if p.exists())
-
-
-def _complete(run: Path) -> list[Path]:
+def complete(run: Path) -> list[Path]:
     """Checkpoint folders, the oldest first."""
-    paths = [p for p in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return sorted(paths, key=_step)
+    return sorted((p for p in (run / "checkpoints").glob("step_*") if is_name(p.name)), key=step_of)
 
 
-def _step(path: Path) -> int:
+def is_name(name: str) -> bool:
+    """Whether a folder of that name is a complete checkpoint."""
+    return re.fullmatch(r"step_\d+", name) is not None
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -333,14 +209,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         digest, version = content.pop("sha256"), content["version"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-    if digest != _digest(content):
+    if digest != checksum(content):
         raise UserError(f"{file} is damaged (its checksum is not the one of the save)")
     if version != VERSION:
         raise UserError(f"{file} has format version {version}; this release of mm reads version {VERSION}")
     return content
 
 
-def _digest(content: dict[str, Any]) -> str:
+def checksum(content: dict[str, Any]) -> str:
+    """The checksum of what `state.json` holds besides it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -365,34 +242,12 @@ def _some(names: list[str]) -> str:
 
 
 def _address(kind: str, name: str) -> tuple[str, str]:
-    return _FILES[kind], _key(kind, name)
+    return FILES[kind], key_of(kind, name)
 
 
-def _key(kind: str, name: str) -> str:
-    return f"{kind}/{name}" if _FILES[kind] == "moments" else name
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _put(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name; one that has the name already goes only once the new one is there."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.rename(final, old)
-    try:
-        os.rename(temporary, final)
-    except OSError:
-        if old.exists():
-            os.rename(old, final)
-        raise
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def key_of(kind: str, name: str) -> str:
+    """What a tensor of the full state is called in its file."""
+    return f"{kind}/{name}" if FILES[kind] == "moments" else name
 
 
 def _remove(path: Path) -> None:

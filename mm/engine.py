@@ -22,7 +22,9 @@ from mm.zero import MOMENTS, Shards, judge_norm
 Batch = Mapping[str, Any]
 Accept = Callable[[float, float], bool]
 """Whether a step of this loss and gradient norm, both finite and the same on all ranks, may change the weights."""
-_ASKED = "asked to stop"  # beside the figures of a step, so that telling all ranks costs nothing more
+_FLAG = (
+    "flag "  # what they are called beside the figures of a step, so that telling all ranks costs nothing more
+)
 
 
 class EngineConfig(Config):
@@ -58,8 +60,8 @@ class StepResult(NamedTuple):
     figures: dict[str, Tensor]
     skipped: bool
     """The gradients were not finite, or the step was not accepted: the weights are what they were before."""
-    asked: Tensor
-    """Above 0 where any rank was asked to stop; the same on all."""
+    flags: dict[str, Tensor]
+    """The share of the ranks that raised each flag; the same on all."""
 
 
 class Engine:
@@ -131,14 +133,14 @@ class Engine:
         self,
         batches: Sequence[Batch],
         lr: float | Mapping[str, float],
-        asked: bool = False,
+        flags: Mapping[str, bool] | None = None,
         accept: Accept | None = None,
     ) -> StepResult:
         """Learn from this rank's micro-batches (as many as `accumulation`) at rate `lr`, or at those by name.
 
         Dropout and all else that draws from torch's generators depends on (seed, step, rank) alone. A step
         whose gradients are not finite, or that `accept` refuses, is skipped by all ranks: weights, moments, averages and
-        running statistics stay, bit for bit. asked: this rank was asked to stop; all are told.
+        running statistics stay, bit for bit. `flags` of this rank are told to all, at no cost.
         """
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches, not {self.accumulation}"
         self._set_rates(lr)
@@ -152,9 +154,7 @@ class Engine:
                 value = value.detach().float().reshape(())
                 total[name] = total[name] + value if name in total else value
             if self._ds.is_gradient_accumulation_boundary():
-                total[_ASKED] = torch.tensor(float(asked), device=self.device)
-                means = distributed.mean(torch.stack(list(total.values()))) / len(batches)
-                values = dict(zip(total, means.unbind(), strict=True))
+                values = self._means(total, len(batches), flags or {})
                 mean_loss = values.pop("")
                 self._accepts = _always if accept is None else partial(accept, mean_loss.item())
                 skipped = self._clip()
@@ -168,7 +168,8 @@ class Engine:
             self._average_weights()
             average_statistics(self._statistics)
         self.steps += 1
-        return StepResult(mean_loss, self._norm, values, skipped, values.pop(_ASKED))
+        raised = {name: values.pop(_FLAG + name) for name in flags or {}}
+        return StepResult(mean_loss, self._norm, values, skipped, raised)
 
     @contextmanager
     def evaluating(self, ema: bool = True) -> Iterator[nn.Module]:
@@ -282,6 +283,16 @@ class Engine:
         for group in self._optimizer.param_groups:
             rate = lr if isinstance(lr, float | int) else lr[group["rate"]]
             group["lr"] = rate * group.get("lr_scale", 1.0)
+
+    def _means(self, total: Mapping[str, Tensor], parts: int, flags: Mapping[str, bool]) -> dict[str, Tensor]:
+        """Means over ranks and micro-batches of what was summed, and over ranks of the flags: one collective."""
+        told = {
+            _FLAG + name: torch.tensor(float(flag * parts), device=self.device)
+            for name, flag in flags.items()
+        }
+        every = {**total, **told}
+        means = distributed.mean(torch.stack(list(every.values()))) / parts
+        return dict(zip(every, means.unbind(), strict=True))
 
     def _clip(self) -> bool:
         """Clip the gradients of stage 0; whether the step is skipped, then they go, so AdamW does nothing. From stage 1

@@ -105,7 +105,7 @@ def _claim(out: Path, config: Config) -> None:
     try:
         # a config alone is of a run that ended at a mistake in it, which may be mended now
         if _has_lines(out / METRICS) or (out / "checkpoints").exists():
-            _check_same_run(out, config)
+            check_same_run(out, config)
         elif out.is_dir() and any(file.name != SLURM for file in out.iterdir()) and not path.exists():
             raise UserError(
                 f"out={out} exists, is not empty and is no run of mm ({CONFIG} is missing); "
@@ -125,9 +125,10 @@ def _has_lines(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def _check_same_run(out: Path, config: Config) -> None:
+def check_same_run(out: Path, config: Config, written: Path | None = None) -> None:
+    """UserError where the config of a run (the file `written`, by default that in its folder) is another one."""
     try:
-        before = load(type(config), out / CONFIG)
+        before = load(type(config), written or out / CONFIG)
     except UserError as error:
         raise UserError(
             f"the run in {out} has a config this version cannot read; name another out=\n{error}"

@@ -39,7 +39,8 @@ class TensorFile:
             begin = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        self._file = open(path, "wb")  # noqa: SIM115
+        # without a buffer, which a process that is forked meanwhile would write a second time
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
         self._write(len(text).to_bytes(8, "little") + text)
 
     def add(self, tensor: Tensor) -> None:
@@ -50,7 +51,6 @@ class TensorFile:
         """End the file, on the disk itself with `sync`."""
         with self._file:
             if sync:
-                self._file.flush()
                 os.fsync(self._file.fileno())
 
     def about(self) -> dict[str, Any]:
@@ -58,7 +58,9 @@ class TensorFile:
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
         self._hash.update(data)
         self._bytes += len(data)
 

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     life = int(os.environ[LIFE])
     learn = Engine.step
 
-    def step(self: Engine, batches: Sequence[Mapping[str, Any]], lr: Any, asked: bool = False) -> StepResult:
+    def step(self: Engine, batches: Sequence[Mapping[str, Any]], lr: Any, **keys: Any) -> StepResult:
         line = {
             "life": life,
             "step": self.steps + 1,
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
             "samples": [name for batch in batches for name in names(batch)],
         }
         os.write(file, f"\n{json.dumps(line)}\n".encode())  # a line cut short by a kill spoils no other
-        return learn(self, batches, lr, asked)
+        return learn(self, batches, lr, **keys)
 
     Engine.step = step  # type: ignore[method-assign]
     pretrain.main(argv)

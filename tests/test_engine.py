@@ -48,10 +48,10 @@ def micro_batches(step: int, count: int) -> list[dict[str, Tensor]]:
     return [{name: value[piece] for name, value in data(step).items()} for piece in rows.chunk(count)]
 
 
-def engine_of(module: nn.Module, **keys: Any) -> Engine:
+def engine_of(module: nn.Module, batch: int = GLOBAL_BATCH, **keys: Any) -> Engine:
     groups = parameter_groups(module.named_parameters(), LAYERS, OPTIM)
     config = EngineConfig(**{"persist_below": 0, **keys})
-    return Engine(module, groups, config, betas=OPTIM.betas, eps=OPTIM.eps, global_batch=GLOBAL_BATCH, seed=7)
+    return Engine(module, groups, config, betas=OPTIM.betas, eps=OPTIM.eps, global_batch=batch, seed=7)
 
 
 def rate(step: int) -> float:

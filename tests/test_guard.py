@@ -19,6 +19,7 @@ from mm.data.stream import StreamBatch
 from mm.errors import UserError
 from mm.log import Log
 from mm.run import SKIPPED_SAMPLES
+from mm.schedule import CheckpointConfig
 from tests.dist import run_ranks
 from tests.test_engine import GLOBAL_BATCH, Regression, engine_of, micro_batches
 from tests.test_pretrain import data, events, tiny  # fixtures among them
@@ -103,7 +104,9 @@ def test_a_skipped_step_leaves_every_bit(ranks: int) -> None:
     """Not finite on one rank, or refused for its figures: under all stages, and all ranks judge the same figures."""
     first, *others = run_ranks(skips, ranks)
     assert all(other == first for other in others)
-    for number, stage in enumerate(first):  # in turn with one part and with two, which batch statistics tell apart
+    for number, stage in enumerate(
+        first
+    ):  # in turn with one part and with two, which batch statistics tell apart
         assert stage == [pytest.approx(pair, rel=1e-4) for pair in first[number % 2]]
 
 
@@ -139,7 +142,7 @@ def trained(
         loop = Loop(
             run, engine, stream(state), state, Schedule(STEPS, STEPS * GLOBAL_BATCH, save_every, None, 1), log,
             rates=lambda samples: dict.fromkeys(("image", "text", "head"), 1e-3),
-            evaluate=dict, write_model=lambda state: None, best=None, keep=2, max_bad=1.0,
+            evaluate=dict, write_model=lambda state: None, best=None, checkpoints=CheckpointConfig(keep=2), max_bad=1.0,
             guard=GuardConfig(**guard), reopen=stream, named=lambda position: [{"position": position}],
         )  # fmt: skip
         loop()

@@ -716,7 +716,7 @@ def test_a_description_cannot_ask_for_code(trap: Trap, model: Path, monkeypatch:
 
 
 def test_a_checkpoint_does_not_name_files_elsewhere(trap: Trap) -> None:
-    from mm.checkpoint import _digest, latest  # not above: it brings deepspeed, and children import this file
+    from mm.checkpoint import checksum, latest  # not above: it brings deepspeed, and children import this file
 
     folder = trap.data / "checkpoints" / "step_00000001"
     folder.mkdir(parents=True)
@@ -735,7 +735,7 @@ def test_a_checkpoint_does_not_name_files_elsewhere(trap: Trap) -> None:
             "version": 1, "step": 1, "samples": 1, "stream": {}, "best": {}, "config": {}, "files": files,
             "optimizer_steps": {},
         }  # fmt: skip
-        content["sha256"] = _digest(content)
+        content["sha256"] = checksum(content)
         (folder / "state.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match="no checkpoint"):
             latest(trap.data, lambda _: None)

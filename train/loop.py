@@ -3,16 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from mm import checkpoint, distributed
 from mm.checkpoint import TrainState
-from mm.config import Config
 from mm.data.ledger import Ledger
 from mm.data.stream import StreamBatch
 from mm.engine import Engine, StepResult
@@ -20,63 +17,15 @@ from mm.errors import Stopped, UserError
 from mm.log import Log, cut, message
 from mm.progress import LONG_S, Wait, no_reason
 from mm.run import BAD_SAMPLES, SKIPPED_SAMPLES
+from mm.schedule import CheckpointConfig, Schedule
 from mm.stalls import StallWatch
 from train.guard import Guard, GuardConfig, rewind
+from train.saver import Saver
 
 FEW_SAMPLES = 1_000  # the share of bad samples is not judged before
 
 Figures = dict[str, dict[str, float]]
 """Set name -> figure name -> value."""
-
-
-class CheckpointConfig(Config):
-    every: int | None = Field(default=None, gt=0)
-    """Samples between checkpoints; null: a tenth of the run."""
-    keep: int = Field(default=3, ge=1)
-    """How many of the newest checkpoints are kept, besides that of the best metric."""
-
-
-class EvaluationConfig(Config):
-    every: int | None = Field(default=None, gt=0)
-    """Samples between evaluations; null: only at the end."""
-    at_start: bool = False
-    """Evaluate before the first step too, to have something to compare with."""
-    best: str | None = None
-    """SET/FIGURE that decides which weights `model/` holds, as in `val/accuracy`; null: the last ones."""
-    patience: int | None = Field(default=None, gt=0)
-    """End the run after this many evaluations in a row without a better `best`; null: never."""
-
-    @model_validator(mode="after")
-    def _patience_waits_for_something(self) -> "EvaluationConfig":
-        if self.patience and not (self.best and self.every):
-            raise ValueError(
-                f"patience={self.patience} needs `best` (of which metric) and `every` (how often)"
-            )
-        return self
-
-
-@dataclass
-class Schedule:
-    """When the loop does what, in steps counted from 1."""
-
-    steps: int
-    samples: int
-    save_every: int
-    evaluate_every: int | None
-    log_every: int
-
-    @classmethod
-    def of(cls, samples: int, batch: int, save: int | None, evaluate: int | None, log: int) -> "Schedule":
-        """From lengths in samples (all rounded to whole steps, at least one)."""
-        steps = math.ceil(samples / batch)
-        every = lambda count: max(1, round(count / batch))  # noqa: E731
-        return cls(
-            steps=steps,
-            samples=steps * batch,
-            save_every=every(save) if save else max(1, math.ceil(steps / 10)),
-            evaluate_every=every(evaluate) if evaluate else None,
-            log_every=log,
-        )
 
 
 class _GoBack(Exception):
@@ -104,7 +53,7 @@ class Loop:
         evaluate: Callable[[], Figures],
         write_model: Callable[[TrainState], None],
         best: str | None,
-        keep: int,
+        checkpoints: CheckpointConfig,
         max_bad: float,
         samples_beside: float = 0.0,
         patience: int | None = None,
@@ -130,16 +79,16 @@ class Loop:
         self.evaluate = evaluate
         self.write_model = write_model
         self.best = best
-        self.keep = keep
         self.max_bad = max_bad
         self.samples_beside = samples_beside
         self.patience = patience
         self.fetching = fetching
         self.asked = asked
-        self._asked_at_last_step: Tensor | None = None
+        self._told: tuple[int, dict[str, Tensor]] | None = None
         self.stalls = StallWatch(run, stall_after)
         self.guard = Guard(guard or GuardConfig(), state)
         self.batch = schedule.samples // schedule.steps
+        self.saver = Saver(run, engine, checkpoints, log, self.batch)
         self.reopen, self.named = reopen, named
         self.ledger, self.skipped = Ledger(run / BAD_SAMPLES), Ledger(run / SKIPPED_SAMPLES)
         self.bad: list[dict] = []
@@ -158,6 +107,7 @@ class Loop:
                     self._train()
                 except _GoBack as trouble:
                     self._go_back(trouble)
+            self.saver.close()
         if self._is_out_of_patience():
             best = self.state.best
             message(
@@ -183,7 +133,8 @@ class Loop:
         self.waited += time.perf_counter() - asked
         rates = self.rates(self.state.samples)
         with self.stalls.step(self.state.step + 1):
-            result = self.engine.step(streamed.batch, rates, asked=self.asked(), accept=self.guard.accepts)
+            flags = {"asked": self.asked(), "written": self.saver.written()}
+            result = self.engine.step(streamed.batch, rates, flags=flags, accept=self.guard.accepts)
         first = self.state.position
         self.state.step += 1
         self.state.samples = streamed.position_after - self.state.stepped_over
@@ -201,13 +152,21 @@ class Loop:
             self._log_step(rates, result)
         self.state.due = last or bool(schedule.evaluate_every and step % schedule.evaluate_every == 0)
         # of the step before: to look at this one's would wait for the GPU
-        asked, self._asked_at_last_step = self._asked_at_last_step, result.asked
-        if asked is not None and asked.item() > 0:
-            self._stop()
+        told, self._told = self._told, (step, result.flags)
+        if told is not None:
+            self._heed(*told)
         self._end_step()
 
+    def _heed(self, step: int, flags: Mapping[str, Tensor]) -> None:
+        """Act on the flags that were raised in a step, as all ranks do."""
+        began = self.saver.began
+        if began is not None and step > began and flags["written"].item() == 1:
+            self.saver.finish()
+        if flags["asked"].item() > 0:
+            self._stop()
+
     def _stop(self) -> NoReturn:
-        self._save()
+        self._save(wait=True)
         self.log.event("stopped", self.state.step, self.state.samples)
         raise Stopped(
             f"{self.run} was asked to, and saved at step {self.state.step:,} ({self.state.samples:,} samples); the same "
@@ -257,7 +216,7 @@ class Loop:
     def _skipped(self, result: StepResult, first: int) -> None:
         """A step that would have done harm left the weights as they were; too many in a row end the run."""
         action, why = self.guard.action()
-        if action == "rewind" and self.reopen and distributed.from_main(lambda: checkpoint.exists(self.run)):
+        if action == "rewind" and self.reopen and self._can_go_back():
             raise _GoBack(why, result, self.state.position)
         step, limit = self.state.step, self.guard.config.max_skips
         self.state.guard["skips"] = skips = self.state.guard.get("skips", 0) + 1
@@ -269,6 +228,10 @@ class Loop:
                 "(out=...) with a lower optim.lr, a longer optim.warmup, or engine.grad_clip; the newest of "
                 f"{self.run / 'checkpoints'} is from before or among them"
             )
+
+    def _can_go_back(self) -> bool:
+        self.saver.finish()
+        return bool(distributed.from_main(lambda: checkpoint.exists(self.run)))
 
     def _log_trouble(
         self, event: str, why: str, result: StepResult, first: int, end: int, *, batch: int
@@ -309,7 +272,7 @@ class Loop:
             f"step {at:,} would have done harm: {trouble} (loss {float(trouble.result.loss):.4g}); back to step "
             f"{step:,}, and over the {end - first:,} samples since"
         )
-        self._save()
+        self._save(wait=True)
         checkpoint.discard_after(self.run, step)
         assert self.reopen is not None
         self.stream = self.reopen(self.state)
@@ -355,13 +318,9 @@ class Loop:
         self.state.since_best = 0
         return True
 
-    def _save(self) -> None:
+    def _save(self, wait: bool = False) -> None:
         self._write_ledger()
-        started = time.perf_counter()
-        checkpoint.save(self.run, self.state, self.engine)
-        step = self.state.step  # named too: a damaged one that was passed over may have a higher number
-        checkpoint.prune(self.run, self.keep, keep={step, self.state.best.get("step", step)})
-        self.log.event("save", self.state.step, self.state.samples, seconds=time.perf_counter() - started)
+        self.saver.save(self.state, wait)
 
 
 def figure(figures: Figures, name: str) -> float:

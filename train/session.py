@@ -23,10 +23,12 @@ from mm.optim import OptimConfig, learning_rates, parameter_groups, rate_delays
 from mm.report import ReportConfig, software
 from mm.run import BAD_SAMPLES, METRICS, SKIPPED_SAMPLES, check_same_stream
 from mm.runs import here
+from mm.schedule import CheckpointConfig, EvaluationConfig, Schedule
 from mm.stopping import Notice
 from mm.tasks.task import Task
 from train.guard import GuardConfig
-from train.loop import CheckpointConfig, EvaluationConfig, Figures, Loop, Schedule, figure
+from train.loop import Figures, Loop, figure
+from train.saver import fetch_copy
 
 
 class MakeConfig(Config):
@@ -183,6 +185,7 @@ def train(
         samples_beside: of other tasks, for each sample of the main one.
     """
     schedule = config.schedule()
+    fetch_copy(run, config, config.checkpoint)
     latest = checkpoint.latest(run, warn=message)
     state = checkpoint.load(latest, engine, verify=False) if latest else TrainState(step=0, samples=0)
 
@@ -233,7 +236,7 @@ def train(
             evaluate=evaluate_all,
             write_model=write_model,
             best=config.evaluate.best,
-            keep=config.checkpoint.keep,
+            checkpoints=config.checkpoint,
             max_bad=max_bad,
             samples_beside=samples_beside,
             patience=config.evaluate.patience,

@@ -62,11 +62,15 @@ def about(history: History) -> str:
         )
     else:
         samples = "<p>Every sample could be used.</p>"
-    saves = [
-        (line["samples"], line["seconds"]) for line in history.saves if isinstance(line.get("seconds"), float)
-    ]
+    saves, stalls = (
+        [(line["samples"], line[key]) for line in history.saves if isinstance(line.get(key), float)]
+        for key in ("seconds", "stall")
+    )
+    stood = f"; training stood still for {mean(stalls):.2g} s of them" if stalls else ""
     saved = (
-        f"<p>{len(saves)} checkpoints were written, {mean(saves):.2g} s each on average.</p>" if saves else ""
+        f"<p>{len(saves)} checkpoints were written, {mean(saves):.2g} s each on average{stood}.</p>"
+        if saves
+        else ""
     )
     said = dict(history.start)
     told = said.pop("software", None)  # older runs did not say it
