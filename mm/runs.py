@@ -155,7 +155,7 @@ def _last(lines: Sequence[dict[str, Any]], event: str) -> dict[str, Any]:
 
 
 def _state(folder: Path, lines: Sequence[dict[str, Any]], process: Mapping[str, Any]) -> str:
-    held = _is_held(folder / LOCK, process)
+    held = is_held(folder / LOCK, process)
     if held:
         return "running"
     if not lines:
@@ -166,17 +166,18 @@ def _state(folder: Path, lines: Sequence[dict[str, Any]], process: Mapping[str, 
         return ends[marks[-1]]
     # opened once more since its last line, by a process that may be elsewhere
     opened_since = _written(folder, CONFIG) > _written(folder, METRICS)
-    return "stopped" if held is False and _is_here(process) and not opened_since else "unknown"
+    return "stopped" if held is False and is_here(process) and not opened_since else "unknown"
 
 
-def _is_here(process: Mapping[str, Any]) -> bool:
+def is_here(process: Mapping[str, Any]) -> bool:
+    """Whether `here()` was said on this machine, since it was last started."""
     ours = here()
     return bool(ours["boot"]) and all(process.get(key) == ours[key] for key in ("host", "boot"))
 
 
-def _is_held(path: Path, process: Mapping[str, Any]) -> bool | None:
+def is_held(path: Path, process: Mapping[str, Any]) -> bool | None:
     """Whether a process has the lock, as far as this machine can tell; None where there are no locks."""
-    if _is_here(process) and process.get("pid") == str(os.getpid()):
+    if is_here(process) and process.get("pid") == str(os.getpid()):
         return True  # opening the file and closing it would give our own lock away
     if sys.platform != "linux":
         return None

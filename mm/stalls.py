@@ -3,7 +3,8 @@ of them stands, rather than after half an hour with a collective's timeout.
 
 Every rank says through the launcher's store what it is at. When a step takes longer than it may, whoever notices first
 writes down who is behind; all ranks write the stacks of their threads into `RUN/stacks/`, and end. A rank that was
-stopped (SIGSTOP, a machine that froze) says nothing any more; on the same machine it is killed.
+stopped (SIGSTOP, a machine that froze) says nothing any more; on the same machine it is killed. In an evaluation or a
+save, which may take as long as they need, that silence is what is noticed.
 """
 
 import faulthandler
@@ -13,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from typing import Any, Self, TypeVar
 import torch.distributed as dist
 
 from mm import distributed
+from mm.peers import within
 from mm.runs import METRICS, here
 
 T = TypeVar("T")
@@ -29,7 +31,6 @@ T = TypeVar("T")
 STACKS = "stacks"
 TICK_S = 5.0  # between two words of a rank, at most
 SILENT_TICKS = 3  # after so many a rank is taken for stopped
-ANSWER_S = 3.0  # that the store may take
 
 
 class StallWatch:
@@ -43,6 +44,8 @@ class StallWatch:
         self._over = threading.Event()
         self._store: Any = None
         self._tick = min(TICK_S, (seconds or TICK_S) / 4)
+        self._talked = time.monotonic()
+        self._heard: tuple[bytes, float] = (b"", time.monotonic())
         self._first: dict[str, Any] = {}
         self._stopped: list[int] = []
         self._ending = threading.Lock()
@@ -73,21 +76,42 @@ class StallWatch:
         finally:
             self._at, self._since = f"the end of step {number:,}, or what comes between two", None
 
+    def at(self, place: str) -> None:
+        """What this rank does between two steps, for a person."""
+        self._at = place
+
     def _watch(self) -> None:
         """By this process's clock alone: the store hangs where the process that holds it was stopped."""
         assert self.seconds is not None
         while not self._over.wait(self._tick):
             since = self._since
             if since is not None and time.monotonic() - since > self.seconds:
-                self._end(_within(self._told) or self._told_alone())
+                self._end_for("a step took over")
+            if self._store is not None and time.monotonic() - self._talked > self.seconds:
+                self._end_for("nothing was heard for over")
+
+    def _end_for(self, what: str) -> None:
+        self._end(within(lambda: self._told(what)) or self._told_alone(what))
 
     def _talk(self) -> None:
         """Say where this rank is, and hear whether another has noticed something."""
         with suppress(RuntimeError):  # the store went with its process: the launcher ends us
             while not self._over.wait(self._tick):
                 self._say()
+                self._talked = time.monotonic()
                 if self._store.check(["mm/stalled"]):
                     self._end(self._store.get("mm/stalled").decode())
+                if self._next_is_silent():
+                    self._end_for("a rank said nothing for over")
+
+    def _next_is_silent(self) -> bool:
+        """Whether the next rank in a ring has said nothing for as long as a step may take, by this rank's clock."""
+        key = f"mm/at/{(distributed.rank() + 1) % distributed.world_size()}"
+        said = self._store.get(key) if self._store.check([key]) else b""
+        if said != self._heard[0]:
+            self._heard = said, time.monotonic()
+        assert self.seconds is not None
+        return time.monotonic() - self._heard[1] > self.seconds
 
     def _said(self) -> dict[str, Any]:
         return {"at": self._at, "time": time.time(), **self._here}
@@ -95,7 +119,7 @@ class StallWatch:
     def _say(self) -> None:
         self._store.set(f"mm/at/{distributed.rank()}", json.dumps(self._said()))
 
-    def _told(self) -> str:
+    def _told(self, what: str) -> str:
         """Who is behind, for a person."""
         places: dict[str, list[int]] = {}
         for rank in range(distributed.world_size()):
@@ -109,23 +133,23 @@ class StallWatch:
             f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {where}"
             for where, ranks in sorted(places.items(), key=lambda one: len(one[1]))
         )
-        told = self._sentence(listed)
+        told = self._sentence(what, listed)
         if self._store is None:
             return told
         self._store.compare_set("mm/stalled", "", told)
         return str(self._store.get("mm/stalled").decode())
 
-    def _told_alone(self) -> str:
+    def _told_alone(self, what: str) -> str:
         """Where the store does not answer, its process stands still: that of rank 0, but under torchrun."""
         self._is_stopped(self._first)
         where = (
             f"{self._first.get('at', 'the start')} on {self._first.get('host', os.environ['MASTER_ADDR'])}"
         )
-        return self._sentence(f"rank 0: {where}, silent; rank {distributed.rank()}: {self._at}")
+        return self._sentence(what, f"rank 0: {where}, silent; rank {distributed.rank()}: {self._at}")
 
-    def _sentence(self, listed: str) -> str:
+    def _sentence(self, what: str, listed: str) -> str:
         return (
-            f"a step took over {self.seconds:g} s (stall_after), so the run ends; it goes on from its last checkpoint. "
+            f"{what} {self.seconds:g} s (stall_after), so the run ends; it goes on from its last checkpoint. "
             f"{listed}. The stacks of all that still answer are in {self.run / STACKS}"
         )
 
@@ -152,7 +176,7 @@ class StallWatch:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         # once: all have the same to say
-        if self._store is None or _within(lambda: self._store.add("mm/stall_said", 1)) in (1, None):
+        if self._store is None or within(lambda: self._store.add("mm/stall_said", 1)) in (1, None):
             print(f"error: {told}", file=sys.stderr, flush=True)
         if distributed.is_main():
             with suppress(OSError), open(self.run / METRICS, "a", encoding="utf-8") as file:
@@ -162,17 +186,3 @@ class StallWatch:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         os._exit(1)
-
-
-def _within(ask: Callable[[], T]) -> T | None:
-    """What the store answers; None where it does not, in time or at all."""
-    found: list[T] = []
-
-    def asking() -> None:
-        with suppress(RuntimeError):
-            found.append(ask())
-
-    thread = threading.Thread(target=asking, daemon=True)
-    thread.start()
-    thread.join(ANSWER_S)
-    return found[0] if found else None

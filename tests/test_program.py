@@ -35,6 +35,25 @@ def test_done() -> None:
     assert ended(start("print(argv)", "a", "b=c")) == (0, "['a', 'b=c']\n", "")
 
 
+def test_what_was_asked_to_stop_says_75_and_to_torchrun_0() -> None:
+    body = "from mm.errors import Stopped\nraise Stopped('runs/x was asked to')"
+    assert ended(start(body)) == (75, "", "stopped: runs/x was asked to\n")
+    # else torchrun would start the ranks again
+    assert ended(start(body, TORCHELASTIC_RUN_ID="none")) == (0, "", "stopped: runs/x was asked to\n")
+
+
+def test_rank_0_leaves_its_status_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "status"
+    stop = "from mm.errors import Stopped\nraise Stopped('so')"
+    for body, status, left in [("pass", 0, "0"), ("raise UserError('no')", 2, "2"), (stop, 0, "75")]:
+        assert ended(start(body, MM_STATUS_FILE=str(file)))[0] == status
+        assert file.read_text() == f"{left}\n"
+    assert ended(start("import os\nos._exit(9)", MM_STATUS_FILE=str(file), RANK="1"))[0] == 9
+    assert file.exists()
+    assert ended(start("import os\nos._exit(9)", MM_STATUS_FILE=str(file)))[0] == 9
+    assert not file.exists()  # that of an earlier start says nothing of this one
+
+
 def test_the_users_mistake_is_one_message_from_rank_0() -> None:
     body = "raise UserError('batch 50 cannot be shared by 4 ranks; use 48')"
     assert ended(start(body)) == (2, "", "error: batch 50 cannot be shared by 4 ranks; use 48\n")
@@ -150,7 +169,7 @@ def test_a_mistake_that_all_joined_ranks_see_is_said_once() -> None:
 
 def test_a_mistake_that_only_one_rank_sees_is_not_lost() -> None:
     (first, _, silent), (second, _, said) = two_ranks(
-        "import mm.program\nmm.program._OTHERS_WAIT_S = 0.5\n"
+        "import mm.program\nmm.peers.OTHERS_WAIT_S = 0.5\n"
         "if dist.get_rank() == 1:\n    raise UserError('no such shard')\n"
         "time.sleep(3)\nraise UserError('late')"
     )

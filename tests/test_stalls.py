@@ -44,20 +44,39 @@ def test_without_a_limit_nothing_watches(tmp_path: Path) -> None:
     assert not (tmp_path / STACKS).exists()
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_rank_that_was_stopped_is_named_and_all_end_in_time(tiny, tmp_path, who) -> None:
+PLACES = [(0, "step"), (1, "evaluation")] + [(1, "step"), (0, "evaluation")] * bool(
+    os.environ.get("MM_CHAOS")
+)
+
+
+@pytest.mark.parametrize(("who", "where"), PLACES)
+def test_a_rank_that_was_stopped_is_named_and_all_end_in_time(tiny, data, tmp_path, who, where) -> None:
     run, limit = tmp_path / "run", 4
-    words = [*tiny, f"out={run}", "samples=64000", "sets={}", "evaluate.every=null", "report.gallery=null"]
+    words = [*tiny, f"out={run}", "samples=64000", "evaluate.every=null", "report.gallery=null"]
+    if where == "step":
+        words += ["sets={}"]
+    else:  # one that takes long
+        noise = f"{{kind: robustness, data: {data}/test_concepts, workers: 0}}"
+        words += ["evaluate.every=64", f"sets={{noise: {noise}}}"]
     process = start_program("train.pretrain", *words, f"stall_after={limit}", ranks=2)
     until_step(run, 2, process)
+    if where == "evaluation":
+        time.sleep(0.5)
     os.kill(process.pids[who], signal.SIGSTOP)
     began = time.monotonic()
     output, _ = process.communicate(timeout=60)
     took = time.monotonic() - began
     assert process.returncode not in (0, None) and took < limit + 10, output  # the stopped one too
-    assert output.count(f"error: a step took over {limit} s (stall_after)") == 1, output
-    first = output.partition("error: a step took over")[2]
-    assert f"rank {who}: " in first and ", silent" in first.partition(". The stacks")[0]
+    what = (
+        "a step took over"
+        if where == "step"
+        else ("a rank said nothing for over", "nothing was heard for over")[not who]
+    )
+    assert output.count(f"error: {what} {limit} s (stall_after)") == 1, output
+    first = output.partition("(stall_after)")[2].partition(". The stacks")[0]
+    assert f"rank {who}: " in first and ", silent" in first
+    if where == "evaluation":
+        assert "the evaluation after step 2" in first
     stacks = (run / STACKS / f"rank_{1 - who}.txt").read_text()
-    assert "engine.py" in stacks and "Thread" in stacks
+    assert "Thread" in stacks and ("engine.py" if where == "step" else "evaluators") in stacks
     assert (len(events(run, "failed")) == 1) == (who == 1)  # rank 0 writes it, where it can

@@ -302,6 +302,7 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Evaluate; whether the best metric got better."""
+        self.stalls.at(f"the evaluation after step {self.state.step:,}")
         figures = self.evaluate()
         self.log.event("eval", self.state.step, self.state.samples, figures=figures)
         if not self.best:
@@ -320,6 +321,7 @@ class Loop:
 
     def _save(self, wait: bool = False) -> None:
         self._write_ledger()
+        self.stalls.at(f"the save after step {self.state.step:,}")
         self.saver.save(self.state, wait)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm import checkpoint, distributed, report
+from mm import checkpoint, distributed, peers, report
 from mm.checkpoint import TrainState
 from mm.config import Config, plain
 from mm.data import make
@@ -252,7 +252,8 @@ def train(
         except Stopped:
             raise
         except Exception as error:
-            log.event("failed", state.step, state.samples, error=str(error) or type(error).__name__)
+            why = peers.ECHO if peers.is_echo(error) else str(error) or type(error).__name__
+            log.event("failed", state.step, state.samples, error=why)
             raise
         coverage = stream.coverage(state.position)
         covered = {"coverage": coverage} if len(coverage) > 1 else {}
