@@ -32,10 +32,13 @@ def alone() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
 
 
-def launch_program(module: str, *words: Any, ranks: int = 0, **options: Any) -> "subprocess.Popen[str]":
+def launch_program(
+    module: str, *words: Any, ranks: int = 0, restarts: int = 0, **options: Any
+) -> "subprocess.Popen[str]":
     """A program of the project as users start it, under torchrun where ranks are given; one thread each. What comes
     before its first line costs ten seconds a process: `start_program` is for tests of what it does then."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    launcher = [*torchrun, f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"] if ranks else []
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", module, *map(str, words)],
         cwd=ROOT,

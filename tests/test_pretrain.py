@@ -181,10 +181,14 @@ def until_step(run, step, process):
 
 
 def test_two_ranks_under_torchrun_learn_the_same_and_one_rank_goes_on(tiny, tmp_path):
+    """Though one of them is killed on the way, and torchrun starts them again."""
     run, alone = tmp_path / "two", tmp_path / "one"
     tiny = [*tiny, "model.text.dropout=0"]  # which is drawn for each rank
     finish(program(*tiny, f"out={alone}"))
-    finish(launch_program("train.pretrain", *tiny, f"out={run}", "engine.zero_stage=2", ranks=2))
+    process = launch_program("train.pretrain", *tiny, f"out={run}", "engine.zero_stage=2", ranks=2, restarts=1)
+    until_step(run, 8, process)
+    psutil.Process(process.pid).children()[1].kill()
+    assert "goes on from step" in finish(process)
     one, two = losses(alone), losses(run)
     assert one.keys() == two.keys()
     assert max(abs(one[step] - two[step]) for step in one) < 1e-5
