@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.errors import UserError
+from mm.joining import meet, under_agent
 
 _by_itself = False
 _waits = 0  # how often the others waited for rank 0
@@ -31,11 +32,13 @@ def start(timeout_s: float = 1800) -> None:
     """
     if dist.is_initialized():
         return
-    store = None
+    store: dist.Store | None = None
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
         store = dist.HashStore()  # one process needs no port, so none can be taken
+    elif under_agent():
+        store = meet(timeout_s)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         gpus = torch.cuda.device_count()
