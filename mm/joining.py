@@ -2,7 +2,7 @@
 
 torchrun's agent keeps one store for all starts, so a rank that is started again would find what ranks of the start
 before left there: addresses where nobody listens any more. (Its count of restarts does not tell starts apart on several
-nodes: only the agent whose rank failed counts.) So the ranks first agree on a name that is new, and keep to keys under it.
+nodes: only the agent whose rank failed counts.) So the ranks first agree on a new name, and keep to keys under it.
 """
 
 import json
