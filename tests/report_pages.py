@@ -85,7 +85,7 @@ def lines(steps: int, seed: int = 0) -> list[dict]:
         found.append({"event": "train", "step": step, "samples": step * 8, **figures_of_step})
         if step in (steps // 2, steps):
             found.append(evaluation(step, 0.2 + 0.5 * step / steps))
-            found.append({"event": "save", "step": step, "samples": step * 8, "seconds": 0.5})
+            found.append({"event": "save", "step": step, "samples": step * 8, "seconds": 0.5, "stall": 0.05})
     return [*found, {"event": "end", "step": steps, "samples": steps * 8, "seconds": 70.0}]
 
 

@@ -9,6 +9,7 @@ import pytest
 from mm import report
 from mm.errors import UserError
 from mm.report import figures, history, software
+from mm.report.about import about
 from mm.report.plots import Curve, plot, short, smooth, thinned
 from tests.report_pages import (
     HOSTILE,
@@ -287,3 +288,23 @@ def test_plot_takes_its_colours_from_the_page():
 def test_short_numbers():
     values = [0, 5e-4, 0.02, 1.5, 999, 12_000, 3.5e6, 2e9, -1e-5]
     assert [short(v) for v in values] == ["0", "5e-4", "0.02", "1.5", "999", "12k", "3.5M", "2B", "-1e-5"]
+
+
+def test_saves_and_steps_that_would_have_done_harm_are_told(tmp_path):
+    troubles = [
+        {"event": "skip", "step": 4, "samples": 32, "reason": "its gradients are not <finite>"},
+        {
+            "event": "rewind",
+            "step": 8,
+            "samples": 64,
+            "reason": "its loss 9 is 7.0 standard deviations above 3",
+        },
+    ]
+    calm = about(history.read(make_run(tmp_path / "calm", lines(30))))
+    assert (
+        "2 checkpoints were written, 0.5 s each on average; training stood still for 0.05 s of them." in calm
+    )
+    assert "done harm" not in calm
+    page = about(history.read(make_run(tmp_path / "run", [*lines(30), *troubles])))
+    assert "2 steps would have done harm" in page and "its gradients are not &lt;finite&gt;" in page
+    assert "7.0 standard deviations" in page and "rewind" in page

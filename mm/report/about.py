@@ -72,6 +72,16 @@ def about(history: History) -> str:
         if saves
         else ""
     )
+    troubled = "".join(
+        f"<tr><td>{line['step']:,}</td><td>{escape(str(line['event']))}</td>"
+        f"<td>{escape(str(line.get('reason', 'its gradients are not finite')))}</td></tr>"
+        for line in history.troubles[:20]
+    )
+    if troubled:
+        saved += (
+            f"<p>{len(history.troubles):,} steps would have done harm and did not reach the weights; their samples are "
+            f"in <code>skipped_samples.jsonl</code>.</p><table>{troubled}</table>"
+        )
     said = dict(history.start)
     told = said.pop("software", None)  # older runs did not say it
     lines = told if isinstance(told, list) else software.describe()

@@ -26,6 +26,8 @@ class History:
     starts: list[dict[str, Any]] = field(default_factory=list)
     ends: list[dict[str, Any]] = field(default_factory=list)
     saves: list[dict[str, Any]] = field(default_factory=list)
+    troubles: list[dict[str, Any]] = field(default_factory=list)
+    """Steps that were skipped, or gone back from."""
     suites: dict[str, Suite] = field(default_factory=dict)
     wise_ft: dict[str, Any] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
@@ -78,6 +80,8 @@ def read(run: Path) -> History:
         "start": history.starts,
         "end": history.ends,
         "save": history.saves,
+        "skip": history.troubles,
+        "rewind": history.troubles,
     }
     path = run / "metrics.jsonl"
     for line in _lines(path):
