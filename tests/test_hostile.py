@@ -716,7 +716,7 @@ def test_a_description_cannot_ask_for_code(trap: Trap, model: Path, monkeypatch:
 
 
 def test_a_checkpoint_does_not_name_files_elsewhere(trap: Trap) -> None:
-    from mm.checkpoint import checksum, latest  # not above: it brings deepspeed, and children import this file
+    from mm.checkpoint import checksum, latest  # here: it brings deepspeed, and children import this file
 
     folder = trap.data / "checkpoints" / "step_00000001"
     folder.mkdir(parents=True)
