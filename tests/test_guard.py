@@ -47,6 +47,14 @@ def test_a_spike_is_what_stands_out_of_the_window(seed: int) -> None:
     assert all(Guard(GuardConfig(), TrainState(step=0, samples=0)).accepts(*pair) for pair in figures)
 
 
+def test_after_a_spike_one_that_is_not_finite_is_told_as_such() -> None:
+    guard = Guard(GuardConfig(spike="skip", nonfinite="rewind", window=4), TrainState(step=0, samples=0))
+    assert [guard.accepts(loss, 1.0) for loss in (3.0, 3.1, 2.9, 900.0)] == [True, True, True, False]
+    action, why = guard.action()
+    assert action == "skip" and "its loss 900 is" in why and "above 3" in why and "grad_norm" not in why
+    assert guard.action() == ("rewind", "its gradients are not finite")
+
+
 class Normalised(Regression):
     """With running statistics, which a skipped step must not leave changed either."""
 

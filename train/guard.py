@@ -63,9 +63,10 @@ class Guard:
 
     def action(self) -> tuple[Literal["skip", "rewind"], str]:
         """What is done about the step that was skipped, and why."""
-        if self._why:
+        why, self._why = self._why, ""  # one that is not finite is not judged by `accepts`
+        if why:
             assert self.config.spike is not None
-            return self.config.spike, self._why
+            return self.config.spike, why
         return self.config.nonfinite, "its gradients are not finite"
 
     def _above(self, key: str, value: float) -> str:
