@@ -10,13 +10,14 @@ from mm import distributed
 from mm.config import Config, differences, dump, load, plain
 from mm.errors import UserError
 from mm.files import write_atomically
-from mm.runs import CONFIG, LOCK, METRICS
+from mm.runs import CONFIG, LOCK, METRICS, SLURM
+from mm.stopping import FILE as STOP
 from mm.stopping import withdraw
 
 BAD_SAMPLES = "bad_samples.jsonl"
 SKIPPED_SAMPLES = "skipped_samples.jsonl"
-SLURM = "slurm"
-"""What the batch scripts keep in a run folder, before the run is opened."""
+BEFORE = (SLURM, STOP, LOCK)
+"""What a run folder may hold before its config: the start was asked to stop, or killed."""
 
 FREE_KEYS = (
     "out",
@@ -106,7 +107,7 @@ def _claim(out: Path, config: Config) -> None:
         # a config alone is of a run that ended at a mistake in it, which may be mended now
         if _has_lines(out / METRICS) or (out / "checkpoints").exists():
             check_same_run(out, config)
-        elif out.is_dir() and any(file.name != SLURM for file in out.iterdir()) and not path.exists():
+        elif out.is_dir() and any(file.name not in BEFORE for file in out.iterdir()) and not path.exists():
             raise UserError(
                 f"out={out} exists, is not empty and is no run of mm ({CONFIG} is missing); "
                 "name another folder"

@@ -29,6 +29,7 @@ from mm.progress import Lines, duration
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
+SLURM = "slurm"  # what the batch scripts keep
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 COUNTS = ("samples", "captions", "classes", "bad", "majority", "training")
 STYLES = {"running": "green", "finished": "blue", "failed": "red", "stopped": "yellow"}
@@ -175,15 +176,16 @@ def is_here(process: Mapping[str, Any]) -> bool:
     return bool(ours["boot"]) and all(process.get(key) == ours[key] for key in ("host", "boot"))
 
 
-def is_held(path: Path, process: Mapping[str, Any]) -> bool | None:
-    """Whether a process has the lock, as far as this machine can tell; None where there are no locks."""
+def is_held(path: Path, process: Mapping[str, Any], start: int = 0, length: int = 0) -> bool | None:
+    """Whether a process has the lock, as far as this machine can tell; None where there are no locks. start, length: of
+    the bytes that are asked about; 0: all that follow."""
     if is_here(process) and process.get("pid") == str(os.getpid()):
         return True  # opening the file and closing it would give our own lock away
     if sys.platform != "linux":
         return None
     try:
         with path.open("rb") as file:
-            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)  # struct flock
             answer = fcntl.fcntl(file, fcntl.F_GETLK, asked)
     except FileNotFoundError:
         return False

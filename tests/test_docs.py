@@ -19,6 +19,7 @@ from mm.config import Config
 from mm.data import make
 from train.finetune import FinetuneConfig
 from train.pretrain import PretrainConfig
+from train.sweep import SweepConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -140,6 +141,7 @@ def with_data(argv: list[str], tmp_path: Path) -> list[str]:
 PROGRAMS: dict[str, type[Config]] = {
     "train.pretrain": PretrainConfig,
     "train.finetune": FinetuneConfig,
+    "train.sweep": SweepConfig,
     "eval.suite": SuiteConfig,
 }
 

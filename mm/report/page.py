@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from mm.report import figures
 from mm.report.about import about, use
@@ -88,7 +89,7 @@ def _loss(history: History) -> str:
     )
 
 
-def across(curves: Sequence[Curve], **how: bool) -> str:
+def across(curves: Sequence[Curve], **how: Any) -> str:
     """A plot as wide as the page, and another one for narrow screens."""
     wide, narrow = plot(curves, size=(1030, 330), **how), plot(curves, size=(370, 260), **how)
     return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'

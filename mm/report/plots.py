@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -28,13 +28,15 @@ _STAND_IN = {name[6:-1]: colour for colour, name in COLOURS.items()}
 
 @dataclass
 class Curve:
-    """Some points with a name and a colour of the page (c1 to c6, or raw)."""
+    """Some points with a name and a colour of the page (c1 to c6, raw, or another one of `COLOURS`)."""
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: str = "c1"
     thin: bool = False
     dots: bool = False
+    line: bool = True
+    """Whether the points are joined; else they are dots alone."""
 
 
 def plot(
@@ -45,8 +47,10 @@ def plot(
     percent: bool = False,
     from_zero: bool = False,
     level: float | None = None,
+    names: Sequence[str] = (),
+    reach: tuple[float, float] | None = None,
 ) -> str:
-    """An <svg> of some curves over samples.
+    """An <svg> of some curves over samples, or over something else.
 
     Args:
         size: in pixels of the page.
@@ -54,22 +58,57 @@ def plot(
         percent: values are shares.
         from_zero: the axis of values starts at 0.
         level: a dotted horizontal line.
+        names: what stands at 0, 1, 2, ... below, in place of numbers.
+        reach: what the axis below shows at least.
     """
     salt = "".join(curve.name for curve in curves) + str(size)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 8.25}):
         figure = Figure(figsize=(size[0] / 96, size[1] / 96), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        for curve in curves:
-            _draw(axes, curve, log_x)
-        if level is not None:
-            axes.axhline(level, color=_STAND_IN["faint"], linewidth=1, linestyle=(0, (1, 2.5)))
-        _dress(axes, log_x, percent, size)
-        if from_zero:
-            axes.set_ylim(bottom=0)
+        paint(
+            figure.add_subplot(),
+            curves,
+            _STAND_IN,
+            size=size,
+            log_x=log_x,
+            percent=percent,
+            from_zero=from_zero,
+            level=level,
+            names=names,
+            reach=reach,
+        )
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_page(buffer.getvalue(), ", ".join(dict.fromkeys(curve.name for curve in curves)))
+
+
+def paint(
+    axes: Axes,
+    curves: Sequence[Curve],
+    colours: Mapping[str, str],
+    *,
+    size: tuple[float, float],
+    log_x: bool = False,
+    percent: bool = False,
+    from_zero: bool = False,
+    level: float | None = None,
+    names: Sequence[str] = (),
+    reach: tuple[float, float] | None = None,
+) -> None:
+    """What `plot` shows, on axes of a figure of one's own; colours: of matplotlib, by their names on the page."""
+    for curve in curves:
+        _draw(axes, curve, log_x, colours)
+    if reach:
+        axes.update_datalim([(x, 0.0) for x in reach], updatey=False)
+    if level is not None:
+        axes.axhline(level, color=colours["faint"], linewidth=1, linestyle=(0, (1, 2.5)))
+    whole = all(float(x).is_integer() for curve in curves for x, _ in curve.points)
+    _dress(axes, log_x, percent, size, colours, whole)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    if names:
+        axes.set_xticks(range(len(names)), names, parse_math=False)
+        axes.set_xlim(-0.5, len(names) - 0.5)
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -90,38 +129,46 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> n
     return np.stack([piece.mean(axis=0) for piece in np.array_split(array, most)])
 
 
-def _draw(axes: Axes, curve: Curve, log_x: bool) -> None:
+def _draw(axes: Axes, curve: Curve, log_x: bool, colours: Mapping[str, str]) -> None:
     points = thinned([point for point in curve.points if point[0] > 0 or not log_x])
-    marker = "o" if (curve.dots and len(points) <= 40) or len(points) == 1 else None
+    few = (curve.dots and len(points) <= 40) or len(points) == 1
     axes.plot(
         points[:, 0],
         points[:, 1],
-        color=_STAND_IN[curve.colour],
+        color=colours[curve.colour],
+        linestyle="-" if curve.line else "none",
         linewidth=0.8 if curve.thin else 1.6,
-        marker=marker,
-        markersize=3.2,
+        marker="o" if few or not curve.line else None,
+        markersize=3.2 if curve.line else 4.5,
         solid_joinstyle="round",
         solid_capstyle="round",
     )
 
 
-def _dress(axes: Axes, log_x: bool, percent: bool, size: tuple[float, float]) -> None:
+def _dress(
+    axes: Axes,
+    log_x: bool,
+    percent: bool,
+    size: tuple[float, float],
+    colours: Mapping[str, str],
+    whole: bool,
+) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_STAND_IN["line"])
-    axes.grid(axis="y", color=_STAND_IN["line"], linewidth=0.7)
+    axes.spines["bottom"].set_color(colours["line"])
+    axes.grid(axis="y", color=colours["line"], linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, pad=4, labelcolor=_STAND_IN["faint"])
+    axes.tick_params(length=0, pad=4, labelcolor=colours["faint"])
     axes.margins(x=0.02, y=0.08)
     if log_x:
         axes.set_xscale("log")
         low, high = axes.get_xlim()
-        within_one_decade = high / low < 10
+        about_one_decade = high / low < 30
         axes.xaxis.set_major_locator(
-            LogLocator(subs=(1, 2, 5) if within_one_decade or size[0] > 500 else (1,))
+            LogLocator(subs=(1, 2, 5) if about_one_decade or size[0] > 500 else (1,))
         )
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(max(3, int(size[0] // 90))))
+        axes.xaxis.set_major_locator(MaxNLocator(max(3, int(size[0] // 90)), integer=whole))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_major_locator(MaxNLocator(4 if size[1] < 250 else 6))

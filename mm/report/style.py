@@ -1,5 +1,7 @@
 """The style sheet of the report: one column of text, light and dark, from 375 px on, and printed."""
 
+import re
+
 CSS = """
 :root {
   color-scheme: light dark;
@@ -128,3 +130,6 @@ details > h3 { margin-top: 22px; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
+
+LIGHT = dict(re.findall(r"--(\w+): (#[0-9a-f]+)", CSS.partition("@media")[0]))
+"""The colours of the page in the light, by name."""
