@@ -17,6 +17,7 @@ HELP = """usage: mm COMMAND ...
   mm data stats SHARDS ...              sizes, captions, words, quality: figures and a page with examples
   mm data filter SHARDS ... out=FOLDER  leave out what rules, near duplicates, a model or balancing say
   mm data plan SHARDS ... batch=N       what a run will read, cache and mix, before it is started
+  mm plan CONFIG nodes=N gpu=h100       what a run will need: memory, hours, network, disk; needs no GPU
   mm runs [FOLDER ...]                  how far the runs of a folder are, and which are alive
   mm stop RUN ...                       have runs end after their step, saved: the same command goes on
   mm report RUN                         write the page RUN/report.html again
@@ -38,6 +39,13 @@ REPORT_HELP = """usage: mm report RUN [gallery=SET] [queries=8] [top=5]
 RUN: the folder of a run, finished or not. Writes RUN/report.html from what the run left there; gallery=SET opens its
 model, too, and pictures a set of its config, of retrieval or of questions. Of several runs it writes one page that
 compares the others with the first: curves, figures of eval.suite with what is significant, configs.
+"""
+PLAN_HELP = """usage: mm plan CONFIG [key=value ...] [nodes=1] [gpus_per_node=8] [gpu=a100-80] [json=true]
+
+CONFIG: of train.pretrain or train.finetune (with model=RUN, or the config of a run that is still to come); its keys
+can be given too. Prints the memory of a GPU by part under ZeRO 0 to 3, operations, an estimate of samples a second and
+of hours, what the network carries, checkpoints and what is read; and what would help where it does not fit. Nothing is
+downloaded. mm plan --help lists all keys.
 """
 RUNS_HELP = """usage: mm runs [FOLDER ...] [json=true]
 
@@ -73,7 +81,15 @@ def dispatch(argv: list[str]) -> None:
         print(HELP, end="")
         return
     _pick(
-        {"data": data, "report": report, "export": export, "explain": explain, "runs": runs, "stop": stop},
+        {
+            "data": data,
+            "plan": plan,
+            "report": report,
+            "export": export,
+            "explain": explain,
+            "runs": runs,
+            "stop": stop,
+        },
         argv[0],
         "command",
     )(argv[1:])
@@ -127,6 +143,16 @@ def tool(name: str, argv: list[str]) -> None:
     rest = [word for word in argv if word not in shards]
     named = [f"shards={json.dumps(shards)}"] if shards else []
     code.run(parse(getattr(code, config), [*rest, *named], f"mm data {name} SHARDS ..."))
+
+
+def plan(argv: list[str]) -> None:
+    """`mm plan CONFIG [key=value ...] [json=true]`."""
+    if not argv:
+        print(PLAN_HELP, end="")
+        return
+    from mm.plan import run
+
+    run(argv)
 
 
 def report(argv: list[str]) -> None:

@@ -81,7 +81,7 @@ def plan(part: Part, lanes: int, config: PlanConfig) -> Advice:
     if not isinstance(order, Order):
         figures["shards"] = f"{order.shards:,}, drawn with replacement, {order.quota:,} samples a draw"
         return Advice(figures, [])
-    per_sample = config.bytes_per_sample or _bytes_per_sample(part)
+    per_sample = config.bytes_per_sample or bytes_per_sample(part)
     batch = round(config.batch * share)
     reads, mixed = layout.reads(order, config.ranks, config.nodes), layout.shuffle(order, batch)
     figures |= {
@@ -146,8 +146,8 @@ def _advice(
     return found
 
 
-def _bytes_per_sample(part: Part) -> float | None:
-    """From some of the local shards, spread evenly."""
+def bytes_per_sample(part: Part) -> float | None:
+    """Mean size of a sample in its shard, from some of the local shards, spread evenly; None behind URLs."""
     paths = part.shards.paths
     if part.shards.lie_elsewhere:
         return None
