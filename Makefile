@@ -15,7 +15,8 @@ test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 chaos: .venv/.installed-dev
-	MM_CHAOS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=0 -rP tests/test_chaos.py tests/test_damage.py tests/test_hostile.py
+	MM_CHAOS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=0 -rP tests/test_chaos.py tests/test_damage.py tests/test_hostile.py \
+		tests/test_slurm.py
 
 bench: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m eval.bench

@@ -36,6 +36,7 @@ hypothesis.settings.load_profile("mm")
 BUDGET_S = 15 * 60
 # begun first, so that no process is left with a long file at the end while the others are idle
 LONGEST = (
+    "slurm",
     "finetune",
     "pretrain",
     "demo",
