@@ -185,7 +185,9 @@ def test_two_ranks_under_torchrun_learn_the_same_and_one_rank_goes_on(tiny, tmp_
     run, alone = tmp_path / "two", tmp_path / "one"
     tiny = [*tiny, "model.text.dropout=0"]  # which is drawn for each rank
     finish(program(*tiny, f"out={alone}"))
-    process = launch_program("train.pretrain", *tiny, f"out={run}", "engine.zero_stage=2", ranks=2, restarts=1)
+    process = launch_program(
+        "train.pretrain", *tiny, f"out={run}", "engine.zero_stage=2", ranks=2, restarts=1
+    )
     until_step(run, 8, process)
     psutil.Process(process.pid).children()[1].kill()
     assert "goes on from step" in finish(process)
