@@ -38,8 +38,8 @@ from train.sweeping.workers import BEAT_S, FOLDER, STALE_S, Workers
 
 __all__ = ["browser"]
 
-STEPS = 100
-EVERY = 20  # steps between two evaluations
+STEPS = 80
+EVERY = 16  # steps between two evaluations
 
 SPACE = {
     "optim.lr": {"choices": [0.0, 0.003]},
@@ -61,7 +61,7 @@ def base(tmp_path_factory):
         "data": {"shards": str(data), "workers": 0},
         "model": tiny.TOWERS,
         "optim": {"lr": 0, "warmup": 8, "weight_decay": 0.2},
-        "checkpoint": {"every": 4 * EVERY},
+        "checkpoint": {"every": 8 * EVERY},
         "evaluate": {"every": 8 * EVERY},
         "sets": {"val": {"kind": "loss", "data": str(val), "workers": 0}},
         "log": {"every": 1, "tensorboard": False},
