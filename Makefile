@@ -12,7 +12,7 @@ demo: .venv/.installed-demo
 	$(BIN)/python -m train.pretrain configs/demo.yaml
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $$(( $$(nproc) + 1 )) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 chaos: .venv/.installed-dev
 	MM_CHAOS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=0 -rP tests/test_chaos.py tests/test_damage.py tests/test_hostile.py \

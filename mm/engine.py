@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mm import distributed
 from mm.batchnorm import average_statistics, running_statistics, share_statistics
 from mm.config import Config
+from mm.determinism import be_deterministic, mix
 from mm.errors import UserError
 from mm.zero import MOMENTS, Shards, judge_norm
 
@@ -98,7 +99,7 @@ class Engine:
         self.accumulation = accumulation(config, global_batch)
         """Micro-batches of a step."""
         if config.deterministic:
-            _be_deterministic()
+            be_deterministic()
         module, self._statistics, notes = share_statistics(
             module.to(self.device), config.sync_batchnorm, micro_batches=self.accumulation
         )
@@ -144,7 +145,7 @@ class Engine:
         """
         assert len(batches) == self.accumulation, f"{len(batches)} micro-batches, not {self.accumulation}"
         self._set_rates(lr)
-        torch.manual_seed(_mix(self.seed, self.steps, distributed.rank()))
+        torch.manual_seed(mix(self.seed, self.steps, distributed.rank()))
         before = [statistic.clone() for statistic in self._running]
         total: dict[str, Tensor] = {}
         for batch in batches:
@@ -384,24 +385,6 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
         # else it compiles a shared-memory extension for 20-40 s and fails without a compiler; gloo serves
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
-
-
-def _be_deterministic() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit seed; unlike a sum, neighbours do not collide (the finaliser of splitmix64)."""
-    state = 0
-    for number in numbers:
-        state = (state ^ number) + 0x9E3779B97F4A7C15
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (1 << 64) - 1
-        state ^= state >> 31
-    return state >> 1
 
 
 def _to(value: Any, device: torch.device) -> Any:

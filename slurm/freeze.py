@@ -12,13 +12,15 @@ frozen config in place of CONFIG. Exit status 2: a mistake in the arguments.
 """
 
 import argparse
+import fcntl
 import filecmp
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from pydantic import ConfigDict
@@ -31,6 +33,7 @@ from mm.runs import LOCK, METRICS, SLURM, is_held
 PARTS = ("mm", "train", "eval", "configs", "slurm", "pyproject.toml")
 ABOUT = "frozen.json"
 OTHERS = "config"  # where a config from elsewhere goes
+FROZEN_WITHIN_S = 60
 ENDS_WITHIN_S = 1200  # ranks of an earlier start that wait for one that is gone: `stall_after` and some more
 
 
@@ -56,7 +59,8 @@ def main(argv: list[str]) -> None:
     notes: list[str] = []
     if given.run:
         wait_for_earlier_start(run, notes)
-    about = freeze(run, given.checkout, config, is_new_job=not given.run, dry=given.dry_run, notes=notes)
+    with nullcontext() if given.dry_run else alone(run):
+        about = freeze(run, given.checkout, config, is_new_job=not given.run, dry=given.dry_run, notes=notes)
     arguments = list(given.arguments)
     if place is not None and about["config"]:
         arguments[place] = str(run / SLURM / "code" / about["config"])
@@ -67,6 +71,24 @@ def main(argv: list[str]) -> None:
 def is_config(word: str) -> bool:
     """Whether an argument is the config's file, as mm.config takes it."""
     return not word.startswith("-") and ("=" not in word or Path(word).is_file())
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Tasks of an array that share a folder come here one after the other."""
+    (run / SLURM).mkdir(parents=True, exist_ok=True)
+    with (run / SLURM / ".freezing").open("w") as file:
+        since = time.monotonic()
+        while time.monotonic() - since < FROZEN_WITHIN_S:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+                continue
+            except OSError:  # a file system without locks
+                pass
+            break
+        yield
 
 
 def freeze(
@@ -92,18 +114,15 @@ def freeze(
         return about
     if config and not config.is_file():
         raise UserError(f"there is no config {config}")
-    making = run / SLURM / f".code-{os.getpid()}-{os.environ.get('SLURM_JOB_ID', '')}"
+    making = run / SLURM / ".making"
+    for left in (making, code):  # by a start that was killed here; of a start with a mistake
+        shutil.rmtree(left, ignore_errors=True)
     for name in files:
         copy(checkout / name, making / name)
     if config:
         copy(config, making / about["config"])
     (making / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    if code.exists():
-        shutil.rmtree(code)
-    try:
-        making.rename(code)
-    except OSError:  # another task of this array was quicker
-        shutil.rmtree(making)
+    making.rename(code)
     return about
 
 

@@ -204,8 +204,7 @@ finish_train() {
       if [ -n "$asked" ] || [ -e "$run/slurm/asked-$job" ]; then
         requeue "the run has saved and stopped"
       fi
-      say "the run was stopped by \`mm stop\`: scontrol release $job goes on with it, scancel $job ends it"
-      requeue "held" requeuehold
+      hold "the run was stopped by \`mm stop\`"
       ;;
   esac
   retry
@@ -217,7 +216,10 @@ finish_sweep() {
     2) refuse ;;
     75)
       rm -f "$run/slurm/retries-$job"
-      requeue "the sweep has stopped"
+      if [ -n "$asked" ] || is_preempted; then
+        requeue "the sweep has stopped"
+      fi
+      hold "the sweep was stopped by $run/stop"
       ;;
   esac
   retry
@@ -265,6 +267,11 @@ requeue() {
   fi
   while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done # Slurm gives it KillWait seconds
   exit 0
+}
+
+hold() {
+  say "$1: scontrol release $job goes on with it, scancel $job ends it"
+  requeue "held" requeuehold
 }
 
 succeed() {

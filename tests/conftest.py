@@ -37,6 +37,8 @@ BUDGET_S = 15 * 60
 # begun first, so that no process is left with a long file at the end while the others are idle
 LONGEST = (
     "slurm",
+    "sweeping",
+    "plan_memory",
     "finetune",
     "pretrain",
     "demo",

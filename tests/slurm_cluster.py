@@ -55,6 +55,7 @@ SlurmdParameters=config_overrides
 ReturnToService=1
 SlurmdTimeout=20
 MinJobAge=36000
+FirstJobId={job}
 KillWait=10
 CompleteWait=0
 JobRequeue=1
@@ -87,11 +88,11 @@ def why_not() -> str | None:
     return None
 
 
-def wait(done: Callable[[], bool], what: str, every_s: float = 0.1) -> None:
+def wait(done: Callable[[], bool], what: str, every_s: float = 0.1, within_s: float = WAIT_S) -> None:
     """Until `done()`; AssertionError when it takes too long. Asking Slurm costs more than a look at a file."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + within_s
     while not done():
-        assert time.monotonic() < deadline, f"waited {WAIT_S} s until {what}"
+        assert time.monotonic() < deadline, f"waited {within_s} s until {what}"
         time.sleep(every_s)
 
 
@@ -115,9 +116,9 @@ class Job:
     def state(self) -> str:
         return self.field("JobState")
 
-    def wait(self, *states: str) -> None:
+    def wait(self, *states: str, within_s: float = WAIT_S) -> None:
         """Until it is in one of these states."""
-        wait(lambda: self.state in states, f"job {self.id} is {' or '.join(states)}", every_s=0.5)
+        wait(lambda: self.state in states, f"job {self.id} is {' or '.join(states)}", 0.5, within_s)
 
 
 class Cluster:
@@ -136,6 +137,7 @@ class Cluster:
         conf = SLURM_CONF.format(
             folder=self.folder, track=track, prefix=self.prefix, nodes=len(self.nodes), cpus=CPUS, memory=MEMORY_MB,
             gpus=GPUS,
+            job=os.getpid(),  # a later cluster has other numbers, as the logs of a run go by them
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text("\n".join([conf, *self._settings, ""]))
         spaces = ["--pid", "--fork", "--kill-child", "--net", "--uts", "--mount", "--mount-proc"]

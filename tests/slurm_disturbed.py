@@ -97,9 +97,8 @@ class Disturbed:
 
     def survive(self, rng: random.Random, times: int) -> Iterator[str]:
         """Disturb it at random until it ends, or for so many times; how, whenever it has been."""
-        for _ in range(times):
-            if not self.wait_until_it_starts():
-                return
+        made = 0
+        while made < times and self.wait_until_it_starts():
             moment = rng.choice(["at its start", "in a step", "in a save"])
             if moment == "at its start":
                 time.sleep(rng.uniform(0, 12))
@@ -110,10 +109,10 @@ class Disturbed:
                 while time.monotonic() < until and not self.is_saving():
                     time.sleep(0.001)
             name = rng.choice([*WAYS, *RARE_WAYS])
-            if not self.disturb({**WAYS, **RARE_WAYS}[name]):
-                break
-            yield f"{name} {moment}"
-        self.job.wait("COMPLETED")
+            if self.disturb({**WAYS, **RARE_WAYS}[name]):
+                made += 1
+                yield f"{name} {moment}"
+        self.job.wait("COMPLETED", within_s=1200)
 
     def disturb(self, way: "Callable[[Disturbed], None]") -> bool:
         """Whether it came in time, and Slurm has taken the job back."""
@@ -163,8 +162,8 @@ def notice(run: Disturbed) -> None:
 
 
 def preemption(run: Disturbed) -> None:
-    """By a job of a higher partition that wants all of its nodes."""
-    want = [f"--nodelist={','.join(run.nodes)}", "--partition=high", "--exclusive", "--wrap=true"]
+    """By a job of a higher partition that wants its nodes."""
+    want = [f"--nodelist={run.job.field('NodeList')}", "--partition=high", "--exclusive", "--wrap=true"]
     run.slurm.submit(run.checkout, *want)
 
 
@@ -194,13 +193,13 @@ def time_limit(run: Disturbed) -> None:
 
 
 def crash(run: Disturbed) -> None:
-    """A rank is killed."""
-    pids = subprocess.run(
-        run.slurm.command("pgrep", "-f", f"-m train.pretrain .* out=runs/{run.folder.name}"),
-        capture_output=True, text=True,
-    ).stdout.split()  # fmt: skip
-    if pids:
-        subprocess.run(run.slurm.command("kill", "-KILL", random.choice(pids)))
+    """A rank is killed, or at the start the launcher of a node."""
+    for started in ("-u -m train.pretrain", "-m torch.distributed.run", "node.sh torchrun"):
+        found = run.slurm.command("pgrep", "-f", "--", f"{started} .*out=runs/{run.folder.name}$")
+        pids = subprocess.run(found, capture_output=True, text=True).stdout.split()
+        if pids:
+            subprocess.run(run.slurm.command("kill", "-KILL", random.choice(pids)))
+            return
 
 
 WAYS: dict[str, Callable[[Disturbed], None]] = {

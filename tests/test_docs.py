@@ -22,7 +22,7 @@ from train.pretrain import PretrainConfig
 from train.sweep import SweepConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "slurm" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"  # what it shows is followed by test_contributing.py
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 VARIES = "…"

@@ -88,7 +88,8 @@ def test_trimmed_texts_give_what_full_ones_give(pair):
     rest = ours.text.tokenizer.context_length - ids.shape[1]
     full = torch.nn.functional.pad(ids, (0, rest)), torch.nn.functional.pad(mask, (0, rest))
     with torch.no_grad():
-        torch.testing.assert_close(ours.text(ids, mask).pooled, ours.text(*full).pooled, rtol=0, atol=1e-6)
+        # products of another length take other kernels, whose rounding differs from processor to processor
+        torch.testing.assert_close(ours.text(ids, mask).pooled, ours.text(*full).pooled, rtol=2e-6, atol=1e-6)
 
 
 def test_layers_and_gradients_cover_every_parameter(pair):

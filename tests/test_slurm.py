@@ -80,7 +80,7 @@ def test_fifty_pre_emptions_of_every_kind_change_nothing(tmp_path: Path) -> None
     if not checkout.exists():
         copied(checkout)
     if not (whole / "report.html").exists():
-        finish(start_program("train.pretrain", *overrides, f"out={whole}", ranks=2))
+        finish(start_program("train.pretrain", *overrides, f"out={whole}", ranks=2), timeout_s=3600)
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     rng = random.Random(len(lines))
     with Cluster(Path(tempfile.mkdtemp(dir=folder)), nodes=3) as slurm, record.open("a", buffering=1) as file:
@@ -164,6 +164,14 @@ def test_code_and_config_are_kept_from_the_first_line_on(tmp_path: Path) -> None
     shutil.rmtree(code)  # as it says
     freeze(at, "--run", run, str(at), "train.pretrain", "mine.yaml")
     assert (code / "mm/a.py").read_text() == "changed"
+
+
+def test_tasks_of_an_array_freeze_once(tmp_path: Path) -> None:
+    at = checkout(tmp_path)
+    with ThreadPoolExecutor(5) as threads:
+        found = list(threads.map(lambda task: freeze(at, str(at), "train.sweep", "configs/c.yaml"), range(5)))
+    assert sum("are kept in" in notes for _, _, notes, _ in found) == 1
+    assert {name.name for name in (at / "runs/x/slurm").iterdir()} == {"code", ".freezing"}
 
 
 def test_a_config_of_the_checkout_keeps_its_place_and_mistakes_are_told(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from eval.bench import (
     mixing,
     open_clip_parity,
     overhead,
+    plan,
     step_speed,
     video,
     video_decode,
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> None:
     rows += evaluation.measure(evaluation.EvaluationConfig())
     rows += video_decode.measure(video_decode.VideoDecodeConfig())
     rows += video.measure(video.VideoBenchConfig())
+    rows += plan.measure(plan.PlanBenchConfig())
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(table(rows))
 

@@ -1,8 +1,9 @@
-"""What `mm plan` says, beside what is so: `python -m eval.bench.plan [parts=[memory,speed]]`.
+"""What `mm plan` says, beside what is so: `python -m eval.bench.plan [parts=[memory,speed,gpu_memory]]`.
 
 memory: real steps of real towers on this machine's CPUs, at the config's own batch (`plan_step`), beside what is
 planned for them from a quarter and a half of that batch. speed: the two efficiencies of `mm.plan.speed`, fitted again
-on the published rows that are for fitting, and the error of every row.
+on the published rows that are for fitting, and the error of every row. gpu_memory: what published runs took of a GPU,
+beside what is planned for them; the rules of thumb of `mm.plan.memory` are in it.
 """
 
 import json
@@ -15,19 +16,19 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
 from eval.bench.measure import Row, table
+from eval.bench.plan_step import STATES
 from mm import program
 from mm.config import Config, parse
 from mm.models.two_tower import TwoTowerConfig, build_two_tower
 from mm.optim import parameter_groups
 from mm.plan import config_of, memory, published, speed
-from mm.plan.batches import pairs
+from mm.plan.batches import Shapes, pairs
 from mm.plan.hardware import GPUS
 from mm.plan.offline import write_tokenizer
 from mm.plan.subject import subject
-from mm.plan.trace import Trace, traced
+from mm.plan.trace import Attention, Trace, saved, traced
 from mm.plan.zero import Parameters, states
 from mm.tasks.contrastive import ContrastiveTask
 
@@ -41,7 +42,7 @@ VIDEO = {"kind": "classification", "reads": "video", "classnames": ["a", "b", "c
 class PlanBenchConfig(Config):
     """What is compared."""
 
-    parts: tuple[Literal["memory", "speed"], ...] = ("memory", "speed")
+    parts: tuple[Literal["memory", "speed", "gpu_memory"], ...] = ("memory", "speed", "gpu_memory")
     """Which."""
 
 
@@ -68,9 +69,12 @@ CASES = (
     _pretraining("ViT-S/16 + MiniLM", VIT, MINILM, 8, engine={"precision": "fp32"}),
     _pretraining("ViT-S/16 + MiniLM", VIT, MINILM, 16),
     _pretraining(
-        "the same, checkpointing", {**VIT, "checkpointing": True}, {**MINILM, "checkpointing": True}, 16
+        "ViT-S/16 + MiniLM, checkpointing",
+        {**VIT, "checkpointing": True},
+        {**MINILM, "checkpointing": True},
+        16,
     ),
-    _pretraining("the same, half of the patches dropped", {**VIT, "patch_dropout": 0.5}, MINILM, 16),
+    _pretraining("ViT-S/16 + MiniLM, half of the patches dropped", {**VIT, "patch_dropout": 0.5}, MINILM, 16),
     _pretraining("ResNet-50 + MiniLM", {"name": "resnet50"}, MINILM, 8),
     _pretraining(
         "EfficientNet-lite0 + MiniLM locked", {"name": "tf_efficientnet_lite0"}, {**MINILM, "lock": True}, 8
@@ -89,7 +93,7 @@ CASES = (
     _pretraining("ViT-Ti/16 at 64 px + BERT, 4 micro-batches", TINY, SMALL, 128, engine={"micro_batch": 32}),
     *(
         _pretraining(
-            f"the same, 2 ranks, ZeRO {stage}",
+            f"ViT-Ti/16 at 64 px + BERT, 2 ranks, ZeRO {stage}",
             TINY,
             SMALL,
             64,
@@ -119,6 +123,8 @@ def measure(config: PlanBenchConfig) -> list[Row]:
         rows += _memory()
     if "speed" in config.parts:
         rows += _speed()
+    if "gpu_memory" in config.parts:
+        rows += _gpu_memory()
     return rows
 
 
@@ -127,7 +133,7 @@ def _memory() -> list[Row]:
     for case in CASES:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "config.yaml"
-            path.write_text(yaml.safe_dump(_plain(case.keys)), encoding="utf-8")
+            path.write_text(json.dumps(_plain(case.keys)), encoding="utf-8")
             found, said = _measured(path, case.ranks), planned([str(path)], case.ranks)
         errors = [said[name] / found[name] - 1 for name in ("activations", "states")]
         worst = max(worst, *map(abs, errors))
@@ -176,8 +182,7 @@ def _measured(path: Path, ranks: int) -> dict[str, int]:
     command = [sys.executable, *launcher, "-m", "eval.bench.plan_step", str(path)]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     found: dict[str, int] = json.loads(output.strip().splitlines()[-1])
-    parts = ("weights", "copy", "moments", "ema", "gradients")
-    return {**found, "states": sum(found[name] for name in parts)}
+    return {**found, "states": sum(found[name] for name in STATES)}
 
 
 def _speed() -> list[Row]:
@@ -201,8 +206,40 @@ def _speed() -> list[Row]:
     return [Row("S5", "mm plan: speed of published runs", figure, "all", within == count)]
 
 
+def _gpu_memory() -> list[Row]:
+    lines, errors = [], []
+    for row in (row for row in (*published.FIT, *published.HELD_OUT) if row.gigabytes):
+        gigabytes = memory_of(row) / 1e9
+        errors.append(gigabytes / row.gigabytes - 1)
+        lines.append(
+            (row.name, str(row.batch), f"{row.gigabytes:g}", f"{gigabytes:.1f}", f"{errors[-1]:+.0%}")
+        )
+    _print(("run", "a GPU", "GB published", "planned", "error"), lines)
+    figure = f"{min(errors):+.0%} to {max(errors):+.0%}, {len(errors)} rows"
+    return [Row("S5", "mm plan: GPU memory of published runs", figure, "", True)]
+
+
+def memory_of(row: published.Row) -> int:
+    """Bytes that a published run should take of a GPU. Those ran under DistributedDataParallel: all of the model's
+    states, and buckets as large as the gradients."""
+    module, shapes = _task(row)
+    attention: Attention = "fused" if row.fused else "unfused"
+    kept = saved(module, shapes, attention=attention, ranks=row.gpus)
+    trace = traced(module, shapes, attention=attention, ranks=row.gpus)
+    size = 4 * sum(p.numel() for p in module.parameters())
+    states, step = 3 * size, max(kept + trace.beyond_with_gradients, size) + size
+    return round(states + step * (1 + memory.FRAGMENTED) + memory.CONTEXT)
+
+
 def trace_of(row: published.Row) -> tuple[Trace, int]:
     """What a rank's step of a published run does, and the model's parameters."""
+    module, shapes = _task(row)
+    found = traced(module, shapes, attention="fused" if row.fused else "unfused", ranks=row.gpus)
+    return found, sum(p.numel() for p in module.parameters())
+
+
+def _task(row: published.Row) -> tuple[ContrastiveTask, Shapes]:
+    """Its model without values, and its batch."""
     with TemporaryDirectory() as folder, torch.device("meta"):
         whole = isinstance(row.text, str)
         recompute = {"checkpointing": row.checkpointing}
@@ -217,9 +254,7 @@ def trace_of(row: published.Row) -> tuple[Trace, int]:
         config = {"image": image, "text": text, "projection": "none" if whole else "linear"}
         towers = build_two_tower(TwoTowerConfig.model_validate(config))
     module = ContrastiveTask(towers, positives="diagonal").train()
-    shapes = pairs(towers, row.batch, row.tokens)
-    found = traced(module, shapes, attention="fused" if row.fused else "unfused", ranks=row.gpus)
-    return found, sum(p.numel() for p in towers.parameters())
+    return module, pairs(towers, row.batch, row.tokens)
 
 
 def rate_of(row: published.Row, trace: Trace, parameters: int, compute: float, share: float) -> float:

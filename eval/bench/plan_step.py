@@ -1,5 +1,5 @@
 """What a real step keeps, for `mm plan` to be judged by: `python -m eval.bench.plan_step CONFIG [key=value ...]`, also
-under torchrun; rank 0 prints a JSON object.
+under torchrun; prints a JSON object of the rank that holds the most states.
 
 Real tensors, the real engine, the config's own batch: what autograd saves is seen by saved_tensors_hooks while the
 engine takes its steps, model states are counted by the storages that hold them.
@@ -22,6 +22,7 @@ from mm.plan.config import FinetunePlan, PretrainPlan
 from mm.plan.subject import subject
 from mm.tasks.contrastive import ContrastiveTask
 
+STATES = ("weights", "copy", "moments", "ema", "gradients")
 STEPS = 3  # DeepSpeed's stage 3 learns the order of modules in the first two
 
 
@@ -153,9 +154,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def main(argv: list[str]) -> None:
     distributed.start()
-    figures = measure(config_of(argv, "eval.bench.plan_step"))
+    ranks = distributed.gather_objects(measure(config_of(argv, "eval.bench.plan_step")))
     if distributed.is_main():
-        print(json.dumps(figures))
+        print(json.dumps(max(ranks, key=lambda figures: sum(figures[name] for name in STATES))))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def assumptions(found: Estimate) -> list[str]:
     if config.efficiency is None:
         low, high = SPREAD
         said.append(
-            f"the speed is an estimate; of {low:g} to {high:g} times as much were published runs that it was tried on. "
-            "It has no waiting for data, and no evaluation in it; a run's own samples_per_s is better: efficiency="
+            f"the speed is an estimate: published runs that it was not fitted on were {low:g} to {high:g} times as "
+            "fast. Waiting for data and evaluations are not in it; a run's own samples_per_s tells better: efficiency="
         )
     if found.config.nodes > 1:
         said.append(

@@ -140,7 +140,8 @@ def _fakes(
     with ExitStack() as stack:
         stack.enter_context(ranks_of(ranks))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_Constants())
+        if device != "cpu" and ranks > 1:
+            stack.enter_context(_Constants())
         fake_tensors(module, device)
         inputs = _empty(batch, device)
         own = {_storage(t)._cdata for t in [*module.parameters(), *module.buffers(), *_tensors(inputs)]}
