@@ -62,6 +62,12 @@ def _about_memory(found: Estimate) -> list[str]:
     if not found.fits(stage):
         return [_does_not_fit(found)]
     said = []
+    if found.tight(stage):
+        low, high = memory.TAKEN
+        said.append(
+            f"it is tight: published runs took {low:g} to {high:g} times what is planned for them, and "
+            f"{found.memory.needed / found.gpu.memory:.0%} of the memory is planned; try a few steps on one node first"
+        )
     leanest = min(STAGES, key=lambda one: found.stages[one].needed)
     more = found.memory.needed - found.stages[0].needed
     if stage and more > 0:
@@ -94,10 +100,19 @@ def _does_not_fit(found: Estimate) -> str:
             f"engine.micro_batch={accumulated}"
             + (" (the loss then compares fewer pairs)" if found.subject.compares else "")
         )
-        ways.append(f"{-(-found.ranks * found.micro_batch // most):,} GPUs for this batch")
+        ranks = _enough_ranks(found, most)
+        if ranks:
+            ways.append(f"{ranks:,} GPUs for this batch")
     missing = (found.memory.needed - found.gpu.memory) / 1e9
     how = "; ".join(ways) or "a smaller model, or a GPU with more memory: its states alone are too large"
     return f"it does not fit: {missing:.1f} GB are missing under ZeRO {found.stage}. What would: {how}"
+
+
+def _enough_ranks(found: Estimate, most: int) -> int | None:
+    """The fewest ranks, of whole nodes, among which the batch is shared so that each computes `most` at once."""
+    batch, a_node = found.config.batch, found.config.gpus_per_node
+    least = -(-batch // (most * found.accumulation))
+    return next((n for n in range(a_node, batch + 1, a_node) if n >= least and batch % n == 0), None)
 
 
 def _checkpointing(found: Estimate) -> str:
@@ -126,11 +141,12 @@ def _checkpointing(found: Estimate) -> str:
 
 def _about_speed(found: Estimate) -> list[str]:
     said = []
-    if found.config.gpu.lower().startswith("v100") and found.bf16:
-        said.append(
-            "a V100 has no bfloat16 arithmetic: PyTorch emulates it, far below the speed that is told here"
-        )
-    if not found.bf16 and found.gpu.tflops > 2 * found.gpu.fp32_tflops:
+    if found.config.gpu.lower().startswith("v100"):
+        if found.bf16:
+            said.append(
+                "a V100 has no bfloat16 arithmetic: PyTorch emulates it, far below the speed that is told here"
+            )
+    elif not found.bf16 and found.gpu.tflops > 2 * found.gpu.fp32_tflops:
         times = found.gpu.tflops / found.gpu.fp32_tflops
         said.append(
             f"engine.precision=bf16 computes matrix products up to {times:.0f} times as fast on this GPU"

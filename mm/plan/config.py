@@ -1,9 +1,9 @@
 """The keys that a plan reads: those of a run that say what it needs, and the machines that it is to run on."""
 
 import difflib
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from mm.config import Config
 from mm.data.stream import StreamConfig
@@ -40,7 +40,9 @@ class PlanKeys(Config):
     """Machines."""
     gpus_per_node: int = Field(8, gt=0)
     """GPUs of each, one a rank."""
-    gpu: str = "a100-80"
+    gpu: Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, int) else name)] = (
+        "a100-80"
+    )
     """a100-40, a100-80, h100, h200, b200, v100, l40s, a10g, 4090; any other name with its three figures."""
     gpu_memory: float | None = Field(None, gt=0)
     """GB of a GPU's memory, in place of what is known of it."""

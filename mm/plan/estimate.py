@@ -74,6 +74,10 @@ class Estimate(NamedTuple):
         """Whether a GPU has the memory for it."""
         return self.stages[stage].needed <= self.gpu.memory
 
+    def tight(self, stage: int) -> bool:
+        """Whether it fits, but would not if it took as much more than planned as some published run did."""
+        return self.fits(stage) and self.stages[stage].needed * memory.TAKEN[1] > self.gpu.memory
+
 
 def estimate(config: Plan) -> Estimate:
     """Raises UserError for what does not exist or fit, and for a batch that the ranks cannot share."""

@@ -28,7 +28,7 @@ GPUS = {
     "a100-80": Gpu(81_251 * MIB, 312, 19.5, 2.039e12, 300e9),
     "h100": Gpu(81_559 * MIB, 989, 67, 3.35e12, 450e9),  # NVIDIA H100 data sheet, SXM
     "h200": Gpu(143_771 * MIB, 989, 67, 4.8e12, 450e9),  # NVIDIA H200 data sheet, SXM
-    "b200": Gpu(183_359 * MIB, 2_250, 75, 7.7e12, 900e9),  # NVIDIA DGX B200 data sheet, a GPU of it
+    "b200": Gpu(183_359 * MIB, 2_250, 75, 8e12, 900e9),  # NVIDIA DGX B200 data sheet, a GPU of it
     "v100": Gpu(32_510 * MIB, 125, 15.7, 0.9e12, 150e9),  # NVIDIA V100 data sheet, SXM2 32 GB
     "l40s": Gpu(46_068 * MIB, 362, 91.6, 0.864e12, 32e9),  # NVIDIA L40S data sheet
     "a10g": Gpu(23_028 * MIB, 70, 31.5, 0.6e12, 32e9),  # NVIDIA A10G data sheet (AWS G5)

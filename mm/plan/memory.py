@@ -13,6 +13,8 @@ CONTEXT = 1_500_000_000
 """Bytes that no tensor holds: CUDA's context, cuBLAS's and NCCL's buffers. A rule of thumb, not measured here."""
 FRAGMENTED = 0.05
 """Of what is allocated in a step, the share that the allocator cannot use. A rule of thumb as well."""
+TAKEN = (1.01, 1.24)
+"""Times as much as is planned for them did published runs take of a GPU: `python -m eval.bench.plan` lists them."""
 
 
 class Activations(NamedTuple):

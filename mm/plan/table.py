@@ -45,6 +45,7 @@ def as_json(found: Estimate) -> dict[str, Any]:
                     "at_once": dict(of.moments),
                     "needed": of.needed,
                     "fits": found.fits(stage),
+                    "tight": found.tight(stage),
                     "largest_batch": largest_batch(found, stage),
                 }
                 for stage, of in found.stages.items()
@@ -123,7 +124,7 @@ def _memory(found: Estimate) -> Table:
     grid.add_row(
         f"of {found.gpu.memory / GB:.1f}",
         *(
-            _share(value / found.gpu.memory, found.fits(stage))
+            _share(value / found.gpu.memory, found.fits(stage), found.tight(stage))
             for stage, value in zip(STAGES, needed, strict=True)
         ),
     )
@@ -156,8 +157,8 @@ def _speed(found: Estimate) -> list[str]:
     all_span = f" ({_round(hours * ranks / high)} to {_round(hours * ranks / low)})" if low != high else ""
     flops = model_flops(found.trace) / found.micro_batch * found.samples_per_s / ranks / 1e12
     return [
-        f"{_round(found.samples_per_s)} samples/s, {_round(found.samples_per_s / ranks)} a GPU: {flops:,.0f} TFLOP/s, "
-        f"{found.efficiency:.0%} of its peak",
+        f"{_round(found.samples_per_s)} samples/s, {_round(found.samples_per_s / ranks)} a GPU: "
+        f"{_round(flops)} TFLOP/s, {100 * found.efficiency:.2g}% of its peak",
         f"{_hours(hours)}{span}, {_round(hours * ranks)} GPU-hours{all_span}",
     ]
 
@@ -223,8 +224,10 @@ def _gb(count: float) -> str:
     return f"{count / GB:,.2f}" if count else "-"
 
 
-def _share(value: float, fits: bool) -> Text:
-    return Text(f"{value:.0%}" if fits else f"{value:.0%} does not fit", "" if fits else "red")
+def _share(value: float, fits: bool, tight: bool) -> Text:
+    if not fits:
+        return Text(f"{value:.0%} does not fit", "red")
+    return Text(f"{value:.0%} tight", "yellow") if tight else Text(f"{value:.0%}")
 
 
 def _ms(seconds: float) -> str:
