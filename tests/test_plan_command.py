@@ -107,7 +107,7 @@ def checkpoint() -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    (result,) = run_ranks(everything, 1, str(tmp_path_factory.mktemp("none")))
+    (result,) = run_ranks(everything, 1, str(tmp_path_factory.mktemp("none")), timeout_s=250)
     return result
 
 
