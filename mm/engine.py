@@ -96,7 +96,7 @@ class Engine:
         self.notes: list[str] = []
         """What the user should be told at the start."""
         self.device = distributed.device()
-        self.accumulation = accumulation(config, global_batch)
+        self.accumulation = accumulation(config, global_batch, distributed.world_size())
         """Micro-batches of a step."""
         if config.deterministic:
             be_deterministic()
@@ -328,9 +328,8 @@ def _always(norm: float) -> bool:
     return True
 
 
-def accumulation(config: EngineConfig, global_batch: int) -> int:
+def accumulation(config: EngineConfig, global_batch: int, ranks: int) -> int:
     """Micro-batches of a rank's step. Raises UserError with the nearest sizes where they do not divide."""
-    ranks = distributed.world_size()
     micro = config.micro_batch
     if global_batch % ranks:
         fits = _nearest(global_batch, ranks)

@@ -1,13 +1,13 @@
 """A real Slurm of virtual nodes on this machine. It goes with the process that asked for it, however that one ends.
 
-    with Cluster(folder) as slurm:
+    with Cluster(nodes=2) as slurm:
         slurm.run("sbatch", "--nodes=2", ...)
 
 All of it lives in one namespace of processes, whose first process waits for the end of its input and takes the others
 with it. The login host and each node have a network and a host name of their own, joined by a bridge: 10.77.0.1 is
 `login`, the nodes follow, and nothing listens outside. What jobs write, all nodes and the tests see.
 
-By hand: `python -m tests.slurm_cluster FOLDER COMMAND ...` runs a command there, such as a shell, on the login host.
+By hand: `python -m tests.slurm_cluster COMMAND ...` runs a command there, such as a shell, on the login host.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import select
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,22 +125,20 @@ class Job:
 class Cluster:
     """Slurm with some nodes; a context manager."""
 
-    def __init__(self, folder: Path, nodes: int = 2, settings: Sequence[str] = ()) -> None:
-        """`folder`: where it keeps its state; `settings`: more lines of slurm.conf."""
-        self.folder = folder
+    def __init__(self, nodes: int = 2) -> None:
         self.prefix = f"t{os.getpid()}n"
         self.nodes = [f"{self.prefix}{number}" for number in range(1, nodes + 1)]
-        self._settings = settings
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # a short name, as sockets lie there
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         track = "cgroup" if (FREEZER / "release_agent").exists() else "linuxproc"
         conf = SLURM_CONF.format(
             folder=self.folder, track=track, prefix=self.prefix, nodes=len(self.nodes), cpus=CPUS, memory=MEMORY_MB,
             gpus=GPUS,
             job=os.getpid(),  # a later cluster has other numbers, as the logs of a run go by them
         )  # fmt: skip
-        (self.folder / "slurm.conf").write_text("\n".join([conf, *self._settings, ""]))
+        (self.folder / "slurm.conf").write_text(conf)
         spaces = ["--pid", "--fork", "--kill-child", "--net", "--uts", "--mount", "--mount-proc"]
         self._process = subprocess.Popen(
             ["unshare", *spaces, sys.executable, "-m", "tests.slurm_cluster", str(self.folder), *self.nodes],
@@ -152,8 +151,8 @@ class Cluster:
         )
         assert self._process.stdout
         if self._process.stdout.readline() != "ready\n":
-            self.__exit__(None, None, None)
-            raise AssertionError(f"Slurm has not started:\n{self._logs()}")
+            logs = self._process.communicate()[0]
+            raise AssertionError(f"Slurm has not started:\n{logs}")
         pid = self._process.pid
         self._first = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
         return self
@@ -192,12 +191,6 @@ class Cluster:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         path = f"{kept.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
         return kept | {"PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
-
-    def _logs(self) -> str:
-        return "\n".join(
-            f"{log.name}: {log.read_text(errors='replace')[-2000:]}"
-            for log in sorted(self.folder.glob("*.log"))
-        )
 
 
 def host(folder: Path, nodes: Sequence[str]) -> None:
@@ -246,6 +239,8 @@ def host(folder: Path, nodes: Sequence[str]) -> None:
     deadline = time.monotonic() + STARTS_WITHIN_S
     while output("sinfo -h -p debug -t idle -o %D") != str(len(nodes)):
         if time.monotonic() > deadline:
+            for log in sorted(folder.glob("*.log")):
+                print(f"{log.name}: {log.read_text(errors='replace')[-2000:]}")
             return
         time.sleep(0.1)
     print("ready", flush=True)
@@ -255,17 +250,18 @@ def host(folder: Path, nodes: Sequence[str]) -> None:
                 pass
 
 
-def end(nodes: Sequence[str]) -> None:
-    """Kill all but this process, and remove what Slurm leaves of its own accord."""
+def end(folder: Path, nodes: Sequence[str]) -> None:
+    """Kill all but this process, and remove what Slurm has left."""
     assert os.getpid() == 1, "this would kill every process of the machine"
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(-1, 9)
         while True:
             os.wait()
     for node in nodes:
-        for folder, _, _ in os.walk(FREEZER / f"slurm_{node}", topdown=False):
+        for group, _, _ in os.walk(FREEZER / f"slurm_{node}", topdown=False):
             with contextlib.suppress(OSError):
-                os.rmdir(folder)
+                os.rmdir(group)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sh(line: str) -> None:
@@ -278,12 +274,12 @@ def output(line: str) -> str:
 
 
 if __name__ == "__main__":
-    folder, *words = sys.argv[1:]
     if os.environ.pop("MM_SLURM_CLUSTER", "") == "host":
+        folder, *nodes = sys.argv[1:]
         try:
-            host(Path(folder), words)
+            host(Path(folder), nodes)
         finally:
-            end(words)
+            end(Path(folder), nodes)
     else:
-        with Cluster(Path(folder).resolve()) as slurm:
-            sys.exit(subprocess.run(slurm.command(*words), env=slurm._environ()).returncode)
+        with Cluster() as slurm:
+            sys.exit(subprocess.run(slurm.command(*sys.argv[1:]), env=slurm._environ()).returncode)

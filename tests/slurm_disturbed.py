@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -212,12 +213,17 @@ RARE_WAYS: dict[str, Callable[[Disturbed], None]] = {"time limit": time_limit, "
 """For a long test."""
 
 
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    """Lines of the history of a run."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == name]
+
+
 def check_same(run: Path, whole: Path, steps: int) -> None:
     """The same bits: what every step has logged, and the weights at the end."""
-    curves = []
-    for folder in (run, whole):
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        curves.append([[line[name] for name in FIGURES] for line in lines if line["event"] == "train"])
+    curves = [
+        [[line[name] for name in FIGURES] for line in events(folder, "train")] for folder in (run, whole)
+    ]
     assert [line[0] for line in curves[0]] == list(range(1, steps + 1))
     assert curves[0] == curves[1]
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, whole))

@@ -217,14 +217,13 @@ def test_compiling_keeps_names_and_losses() -> None:
     assert names == [name for name, _ in Regression().named_parameters()]
 
 
-def test_a_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    assert accumulation(EngineConfig(), 48) == 1
-    assert accumulation(EngineConfig(micro_batch=3), 48) == 4
+def test_a_batch_that_cannot_be_shared() -> None:
+    assert accumulation(EngineConfig(), 48, 4) == 1
+    assert accumulation(EngineConfig(micro_batch=3), 48, 4) == 4
     with pytest.raises(UserError, match="global batch 50 cannot be shared by 4 ranks; use 48 or 52"):
-        accumulation(EngineConfig(), 50)
+        accumulation(EngineConfig(), 50, 4)
     with pytest.raises(UserError, match=r"micro_batch=5; use micro_batch=4, .* 40 or 60"):
-        accumulation(EngineConfig(micro_batch=5), 48)
+        accumulation(EngineConfig(micro_batch=5), 48, 4)
 
 
 def test_a_wholly_locked_model_is_the_users_mistake() -> None:

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from mm.cli import dispatch
 from mm.config import load
 from mm.errors import UserError
 from mm.optim import parameter_groups
-from mm.plan import published, speed
+from mm.plan import config_of, published, speed
+from mm.plan.advice import enough_ranks
 from mm.plan.config import FinetunePlan, PlanKeys, PretrainPlan
 from mm.plan.hardware import GPUS, gpu_of
 from mm.plan.storage import written
@@ -48,6 +51,19 @@ class Loss(nn.Module):
         return again.square().mean(), {}
 
 
+class Passing(nn.Module):
+    """Three locked layers, a wide one among them, and a trained one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(n, m, bias=False) for n, m in pairwise([32, 64, 1024, 16])))
+        self.layers.requires_grad_(False)
+        self.last = nn.Linear(16, 8, bias=False)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.last(self.layers(batch["x"])).sum(), {}
+
+
 def plan(*words: str) -> str:
     """What the command prints."""
     printed = io.StringIO()
@@ -66,7 +82,7 @@ def everything(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     machines = ("nodes=2", "gpus_per_node=4", "gpu=h100")
     found["json"] = json.loads(plan(DEBUG, *machines, "json=true", "bytes_per_sample=1000"))
-    given = ("json=true", "efficiency=0.01", "engine.micro_batch=4")
+    given = ("json=true", "efficiency=0.01", "engine.micro_batch=4", "gpu_memory=1.9")
     found["given"] = json.loads(plan(DEBUG, *SHALLOW, *machines, *given))
     small = ("gpu=mine", "gpu_memory=2", "gpu_tflops=100", "gpu_bandwidth=1000")
     found["table"] = plan(
@@ -85,6 +101,8 @@ def everything(folder: str) -> dict[str, Any]:
     with torch.device("meta"):
         linear = Loss()
     work = traced(linear, {"x": ((10, 32), torch.float32)}, bf16=False).work
+    passing = traced(Passing(), {"x": ((10, 32), torch.float32)}, bf16=False)
+    found["passing"] = {"saved": passing.saved, "beyond": passing.beyond}
     found["flops"] = {name: float(of.flops.sum()) for name, of in work.items()}
     row = published.HELD_OUT[1]
     found["published"] = rate_of(row, *trace_of(row), speed.COMPUTE, speed.MEMORY) / row.samples_per_s
@@ -138,13 +156,15 @@ def test_an_efficiency_that_is_given_is_what_comes_out(found: dict[str, Any]) ->
     computing = said["step_seconds"]["step"] - said["step_seconds"]["network"]
     assert 8 * flops / computing == pytest.approx(0.01 * GPUS["h100"].tflops * 1e12)
     assert said["micro_batch"] == 4
+    assert [stage for stage, of in said["memory"]["stages"].items() if of["tight"]] == ["0"]
+    assert any("it is tight" in line for line in said["advice"])
 
 
 def test_the_table_tells_what_does_not_fit_and_what_would(found: dict[str, Any]) -> None:
     said = found["table"]
     assert "60 steps of 64 on 2 mine, 32 a GPU" in said
-    assert "does not fit" in said and "What would: engine.zero_stage=0" in said
-    assert "is not on this machine; bytes_per_sample= tells what is read" in said
+    assert "does not fit" in said and "tight" not in said and "What would: engine.zero_stage=0" in said
+    assert ": not on this machine; bytes_per_sample= tells what is read" in said
 
 
 def test_configs_are_built_without_files_of_a_hub(found: dict[str, Any]) -> None:
@@ -162,7 +182,7 @@ def test_fine_tuning_says_what_it_assumes(found: dict[str, Any]) -> None:
     sizes = found["sizes"]
     assert "3,129 answers are assumed" in sizes["vizwiz"][1]
     assert "1,000 are assumed" in sizes["imagenet_wise_ft"][1]
-    assert "has no model yet" in sizes["ucf101"][1]
+    assert "there is no model in" in sizes["ucf101"][1]
     assert sizes["vizwiz"][0] > sizes["ucf101"][0], "a fusion has weights, classes by their names have none"
 
 
@@ -174,6 +194,12 @@ def test_operations_are_counted_by_hand(found: dict[str, Any]) -> None:
         "backward": first + 2 * second,
         "recomputation": second,
     }
+
+
+def test_what_a_locked_tower_needs_for_a_moment(found: dict[str, Any]) -> None:
+    """The wide layer's output beside its own input; kept is the trained layer's input."""
+    of = found["passing"]
+    assert of["saved"] == 4 * 10 * 16 and of["saved"] + of["beyond"] == 4 * 10 * (64 + 1024)
 
 
 def test_a_published_run_that_was_held_out(found: dict[str, Any]) -> None:
@@ -250,6 +276,16 @@ def test_mistakes_are_told(words: list[str], message: str) -> None:
 def test_a_gpu_by_its_figures() -> None:
     assert gpu_of("tpu", 16, 100, 1000)[:2] == (16e9, 100)
     assert gpu_of("A100").tflops == 312 and gpu_of("h100", 40).memory == 40e9
+    assert config_of([str(ROOT / DEBUG), "gpu=4090"], "test").gpu == "4090"  # a number, to YAML
+
+
+def test_gpus_that_share_a_batch() -> None:
+    config = SimpleNamespace(batch=33_792, gpus_per_node=8)
+    found: Any = SimpleNamespace(config=config, accumulation=1)
+    assert enough_ranks(found, 245) == 176  # of whole nodes: 144 to 168 do not divide the batch
+    assert enough_ranks(found, 5000) == 8
+    config.gpus_per_node = 7
+    assert enough_ranks(found, 245) is None
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(PretrainPlan, PretrainConfig), (FinetunePlan, FinetuneConfig)])

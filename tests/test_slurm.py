@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ import pytest
 from tests.chaos import FULL
 from tests.dist import finish, start_program
 from tests.slurm_cluster import Cluster, why_not
-from tests.slurm_disturbed import WAYS, Disturbed, check_same, copied, make_overrides
+from tests.slurm_disturbed import WAYS, Disturbed, check_same, copied, events, make_overrides
 from tests.slurm_scenarios import SCENARIOS, VENV, Place, light
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +37,7 @@ def futures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Futu
     checkout = copied(tmp_path_factory.mktemp("checkout"))
     overrides = make_overrides(tmp_path_factory.mktemp("shards"), STEPS)
     wanted = DISTURBED + sum(SCENARIOS.values())
-    with Cluster(tmp_path_factory.mktemp("slurm"), wanted) as slurm, ThreadPoolExecutor(20) as threads:
+    with Cluster(wanted) as slurm, ThreadPoolExecutor(20) as threads:
         run = Disturbed(slurm, checkout, "runs/disturbed", overrides, slurm.nodes[:DISTURBED])
         found: dict[Any, Future[Any]] = {Disturbed: threads.submit(run.survive_each)}
         taken = DISTURBED
@@ -83,7 +82,7 @@ def test_fifty_pre_emptions_of_every_kind_change_nothing(tmp_path: Path) -> None
         finish(start_program("train.pretrain", *overrides, f"out={whole}", ranks=2), timeout_s=3600)
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     rng = random.Random(len(lines))
-    with Cluster(Path(tempfile.mkdtemp(dir=folder)), nodes=3) as slurm, record.open("a", buffering=1) as file:
+    with Cluster(nodes=3) as slurm, record.open("a", buffering=1) as file:
         while (left := PREEMPTIONS - sum("way" in line for line in lines)) > 0 or "way" in lines[-1]:
             number = 1 + sum("same" in line for line in lines)
             run = Disturbed(slurm, checkout, f"runs/{number}", overrides, slurm.nodes, MM_RETRIES="1000")
@@ -98,6 +97,29 @@ def test_fifty_pre_emptions_of_every_kind_change_nothing(tmp_path: Path) -> None
         f"{ways.total()} pre-emptions in {lines[-1]['run']} runs of {LONG_STEPS} steps on 2 nodes: {dict(ways)}"
     )
     print("  losses, gradients and final weights those of the undisturbed run, bit for bit, in all of them")
+
+
+@needs_slurm
+@pytest.mark.skipif(not FULL, reason="make chaos")
+@pytest.mark.timeout(0)
+def test_other_numbers_of_nodes_on_the_way(tmp_path: Path) -> None:
+    overrides = [*make_overrides(tmp_path / "shards", STEPS), "model.text.dropout=0"]
+    whole = tmp_path / "whole"
+    finish(start_program("train.pretrain", *overrides, f"out={whole}", ranks=2))
+    with Cluster(nodes=4) as slurm:
+        run = Disturbed(slurm, copied(tmp_path / "checkout"), "runs/elastic", overrides, slurm.nodes)
+        for nodes in (1, 4):
+            run.wait_until_it_trains()
+            assert run.disturb(WAYS["USR1"])
+            run.job.wait("PENDING")
+            slurm.run("scontrol", "update", f"JobId={run.job.id}", f"NumNodes={nodes}")
+        run.job.wait("COMPLETED", within_s=600)
+    assert [line["ranks"] for line in events(run.folder, "start")] == [2, 1, 4]
+    found, expected = (events(folder, "train") for folder in (run.folder, whole))
+    assert [line["samples"] for line in found] == [line["samples"] for line in expected]
+    apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(found, expected, strict=True))
+    print(f"2, 1 and 4 nodes on the way: losses at most {apart:.1e} apart")
+    assert apart < 1e-5
 
 
 def checkout(folder: Path) -> Path:

@@ -100,7 +100,7 @@ def _does_not_fit(found: Estimate) -> str:
             f"engine.micro_batch={accumulated}"
             + (" (the loss then compares fewer pairs)" if found.subject.compares else "")
         )
-        ranks = _enough_ranks(found, most)
+        ranks = enough_ranks(found, most)
         if ranks:
             ways.append(f"{ranks:,} GPUs for this batch")
     missing = (found.memory.needed - found.gpu.memory) / 1e9
@@ -108,7 +108,7 @@ def _does_not_fit(found: Estimate) -> str:
     return f"it does not fit: {missing:.1f} GB are missing under ZeRO {found.stage}. What would: {how}"
 
 
-def _enough_ranks(found: Estimate, most: int) -> int | None:
+def enough_ranks(found: Estimate, most: int) -> int | None:
     """The fewest ranks, of whole nodes, among which the batch is shared so that each computes `most` at once."""
     batch, a_node = found.config.batch, found.config.gpus_per_node
     least = -(-batch // (most * found.accumulation))
@@ -125,9 +125,12 @@ def _checkpointing(found: Estimate) -> str:
     except UserError:  # a network that has none
         return ""
     bf16, ranks = found.bf16, found.ranks
+    kept = memory.activations(other, found.micro_batch, ranks, bf16=bf16)
+    if found.stage == 3:
+        kept = memory.activations(other, found.micro_batch, ranks, bf16=bf16, compared=kept)
     needed = memory.memory(
         found.parameters,
-        memory.activations(other, found.micro_batch, ranks, bf16=bf16, zero3=found.stage == 3),
+        kept,
         traced(other.module, other.batch(found.micro_batch), bf16=bf16, ranks=ranks),
         stage=found.stage,
         batch=found.micro_batch,

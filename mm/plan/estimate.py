@@ -14,7 +14,7 @@ from mm.plan.memory import Activations, Memory
 from mm.plan.speed import Speed, Traffic
 from mm.plan.storage import Data, Written
 from mm.plan.subject import Subject, subject
-from mm.plan.trace import Trace, ranks_of, traced
+from mm.plan.trace import Trace, traced
 from mm.plan.zero import Parameters
 from mm.schedule import Schedule
 
@@ -84,8 +84,7 @@ def estimate(config: Plan) -> Estimate:
     gpu = gpu_of(config.gpu, config.gpu_memory, config.gpu_tflops, config.gpu_bandwidth)
     ranks, bf16 = config.nodes * config.gpus_per_node, config.engine.precision == "bf16"
     check_shares(config.batch, ranks)
-    with ranks_of(ranks):
-        parts = accumulation(config.engine, config.batch)
+    parts = accumulation(config.engine, config.batch, ranks)
     micro = config.batch // ranks // parts
     model = subject(config)
     groups = parameter_groups(model.module.named_parameters(), model.layers, config.optim)
@@ -95,7 +94,7 @@ def estimate(config: Plan) -> Estimate:
         )
     parameters = Parameters.of(model.module, groups, config.engine.persist_below)
     kept = memory.activations(model, micro, ranks, bf16=bf16)
-    kept_3 = memory.activations(model, micro, ranks, bf16=bf16, zero3=True)
+    kept_3 = memory.activations(model, micro, ranks, bf16=bf16, compared=kept)
     trace = traced(model.module, model.batch(micro), bf16=bf16, ranks=ranks)
     ema = config.engine.ema_decay > 0
     stages = {

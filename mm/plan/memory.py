@@ -48,22 +48,35 @@ def activations(
     bf16: bool,
     device: Literal["cpu", "cuda"] = "cuda",
     attention: Attention = "fused",
-    zero3: bool = False,
+    compared: Activations | None = None,
 ) -> Activations:
-    """Fitted on batches of a quarter and a half of `batch`, on `ranks` and twice as many."""
+    """Fitted on batches of a quarter and a half of `batch`, on `ranks` and twice as many.
+
+    Args:
+        compared: what the model keeps under the other stages, for its activations under stage 3, whose linear layers
+            are others and whose comparison of samples is the same.
+    """
     one = max(1, batch // 4)
     two = max(2 * one, batch // 2)
 
     def kept(samples: int, world: int) -> int:
         shapes = model.batch(samples)
         return saved(
-            model.module, shapes, device=device, bf16=bf16, attention=attention, ranks=world, zero3=zero3
+            model.module,
+            shapes,
+            device=device,
+            bf16=bf16,
+            attention=attention,
+            ranks=world,
+            zero3=compared is not None,
         )
 
-    if not model.compares:
-        least, more = kept(one, 1), kept(two, 1)
+    if compared is not None or not model.compares:
+        known = compared or Activations(0.0, 0.0, 0.0, 0.0)
+        world = ranks if model.compares else 1
+        least, more = (kept(b, world) - known.compared(b, world) for b in (one, two))
         slope = (more - least) / (two - one)
-        return Activations(least - slope * one, slope, 0.0, 0.0)
+        return known._replace(fixed=least - slope * one, sample=slope)
     if ranks == 1:  # nothing is gathered: rows of all ranks are our own
         sizes = (one, two, 2 * two)
         found = np.linalg.solve([[1, b, b * b] for b in sizes], [kept(b, 1) for b in sizes])
@@ -80,7 +93,8 @@ class Memory(NamedTuple):
     parts: Mapping[str, int]
     """By name, each at its worst."""
     moments: Mapping[str, int]
-    """What is alive at once: at the start of the backward pass, when gradients are reduced, in the optimizer's step."""
+    """What is alive at once: at the worst moment of forward and backward, when gradients are reduced, in the optimizer's
+    step."""
     needed: int
     """The most of those, with what the allocator and CUDA add."""
 
@@ -107,7 +121,7 @@ def memory(
     earlier = state.gradients if accumulation > 1 or stage == 3 else 0
     base = state.lasting + extra.gathered + extra.buckets
     moments = {
-        "start of backward": base + whole + beyond + earlier,
+        "forward, backward": base + whole + beyond + earlier,
         "reduction": base
         + max(state.gradients, extra.reduction + (state.gradients if stage in (0, 3) else 0)),
         "optimizer step": state.lasting + state.gradients + (extra.buckets if stage == 3 else 0),
@@ -122,7 +136,7 @@ def memory(
         "activations": round(kept.sample * batch),
         "bf16 weights, class prompts": round(kept.fixed),
         "contrastive logits, features": round(kept.compared(batch, ranks)),
-        "temporary in backward": beyond,
+        "temporary": beyond,
         "weights gathered": extra.gathered,
         "DeepSpeed's buckets": extra.buckets,
         "copies in reduction": extra.reduction,

@@ -86,14 +86,14 @@ def data(
     found = Data({}, None, size, [], [])
     for wanted in config.parts().values():
         places = [wanted.shards] if isinstance(wanted.shards, str) else wanted.shards
-        what = f"the data {', '.join(places)}"
+        what = ", ".join(places)
         if any(map(is_remote, places)):
             found.notes.append(f"{what} lies behind URLs, where a plan does not look: mm data plan does")
             continue
         try:
             catalog = read_catalog(wanted.shards, config.remote)
         except UserError:
-            found.notes.append(f"{what} is not on this machine")
+            found.notes.append(f"{what}: not on this machine")
             continue
         if catalog.sizes is None and not wanted.resample:
             found.notes.append(f"nobody has counted the samples of {what}: mm data index does")

@@ -153,6 +153,10 @@ def _layers(model: Model) -> dict[str, tuple[str, int, int]]:
 def _two_towers(config: TwoTowerConfig, notes: list[str], device: str) -> TwoTower:
     with without_files(config, notes) as here, torch.device(device):
         towers = build_two_tower(here)
+    towers.text.spec = {
+        **towers.text.spec,
+        "name": config.text.name,
+    }  # not that of a stand-in's temporary folder
     towers.text.tokenizer = Words(towers.text.tokenizer)
     return towers
 
@@ -177,7 +181,7 @@ def _start(config: FinetunePlan, notes: list[str], device: str) -> Model:
         return model
     made = path / "config.yaml" if path.is_dir() else path
     if made.is_file():  # a run that has no model yet, or the config of one that is still to come
-        notes.append(f"{given} has no model yet: its towers are those of {made}")
+        notes.append(f"there is no model in {given} yet: its towers are those that {made.name} describes")
         return _two_towers(load(RunModel, made).model, notes, device)
     raise UserError(
         f"there is no model in {given!r}; a plan takes a run or its model/ folder, the config of a pretraining run, or "

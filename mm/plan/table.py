@@ -8,7 +8,6 @@ from rich.text import Text
 
 from mm.data.layout import size_text
 from mm.plan.advice import advice, assumptions
-from mm.plan.config import PretrainPlan
 from mm.plan.estimate import STAGES, Estimate, largest_batch
 from mm.plan.speed import SPREAD, by_sample, model_flops
 from mm.progress import Lines
@@ -98,10 +97,11 @@ def _heading(found: Estimate) -> list[str]:
     at_once = f", {found.accumulation} times {found.micro_batch}" if found.accumulation > 1 else ""
     steps = f"{config.samples:,} samples in {found.steps:,} steps of {config.batch:,}"
     image = f"{towers.image.spec['name']}, {_millions(_count(towers.image))} parameters"
+    text = f"{towers.text.spec['name']}, {_millions(_count(towers.text))} parameters"
     lines = [
         f"{steps} on {machines}, {share:,} a GPU{at_once}",
         f"  image   {image}, {towers.image.size[0]} px",
-        f"  text    {_text_name(found)}, {_millions(_count(towers.text))} parameters, {found.subject.tokens} tokens",
+        f"  text    {text}, {found.subject.tokens} tokens",
     ]
     rest = found.parameters.total - _count(towers.image) - _count(towers.text)
     if rest > 1e6:
@@ -202,14 +202,6 @@ def _grid(*columns: str) -> Table:
     for i, name in enumerate(columns):
         grid.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
     return grid
-
-
-def _text_name(found: Estimate) -> str:
-    """As the config says it: a stand-in's is the name of a temporary folder."""
-    config = found.config
-    named = config.model if isinstance(config, PretrainPlan) else config.towers
-    name: str = found.subject.towers.text.spec["name"] if named is None else named.text.name
-    return name
 
 
 def _count(tower: Any) -> int:

@@ -101,7 +101,6 @@ def traced(
         with watch:
             with kept:
                 loss = run(inputs)
-            watch.peak = watch.peak_with_gradients = watch.live
             loss.backward()
         for hook in hooks:
             hook.remove()
@@ -119,7 +118,7 @@ def traced(
 
 
 @contextmanager
-def ranks_of(count: int) -> Iterator[None]:
+def _ranks_of(count: int) -> Iterator[None]:
     """As if this were rank 0 of so many, whose collectives give back shapes. Not where a process group exists."""
     if count == 1:
         yield
@@ -138,7 +137,7 @@ def _fakes(
 ) -> Iterator[tuple[Callable[[Any], Tensor], Any, set[int]]]:
     """The call of a module that gives its loss, fake tensors of a batch, and the storages that are there before."""
     with ExitStack() as stack:
-        stack.enter_context(ranks_of(ranks))
+        stack.enter_context(_ranks_of(ranks))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if device != "cpu" and ranks > 1:
             stack.enter_context(_Constants())
