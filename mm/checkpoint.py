@@ -105,6 +105,14 @@ def exists(run: Path) -> bool:
     return bool(complete(run))
 
 
+def files_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The other files of a checkpoint that `state.json` names: {bytes, sha256} by name."""
+    files: dict[str, dict[str, Any]] = _read_json(path)["files"]
+    if any("/" in name or name.startswith(".") for name in files):
+        raise UserError(f"{path / 'state.json'} names files outside of its folder")
+    return files
+
+
 def read_state(path: Path) -> TrainState:
     """The TrainState of a checkpoint, without its tensors."""
     content = _read_json(path)
@@ -158,16 +166,25 @@ def discard_after(run: Path, step: int) -> None:
 
 
 def prune(run: Path, keep_last: int, keep: Collection[int] = ()) -> None:
-    """Remove all checkpoints but the newest `keep_last` and those of the steps `keep`; and what a kill left
-    half. Collective."""
+    """Remove all checkpoints but the newest `keep_last` and those of the steps `keep`. Collective."""
     if distributed.is_main():
         found = complete(run)
         for path in found[: max(0, len(found) - keep_last)]:
             if step_of(path) not in keep:
                 _remove(path)
-        for path in (run / "checkpoints").glob(".step_*"):
-            shutil.rmtree(path, ignore_errors=True)
     distributed.barrier()
+
+
+def restore(run: Path) -> None:
+    """Bring back what a kill left without its name, and remove what it left half. For one process, which saves nothing
+    at the time."""
+    for path in (run / "checkpoints").glob(".step_*"):
+        name, _, what = path.name.removeprefix(".").partition(".")
+        final = path.with_name(name)
+        if what == "old" and not final.exists():  # it was about to be replaced
+            os.rename(path, final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def complete(run: Path) -> list[Path]:

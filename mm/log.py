@@ -79,7 +79,7 @@ class Log:
             for tag, value in scalars.items():
                 self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
-            self._wandb.log({**scalars, "samples": samples}, step=step)
+            self._wandb.log({**scalars, "samples": samples, "step": step})
 
     def progress(
         self, step: int, samples: int, total: int, *, loss: float, samples_per_s: float, data_wait: float
@@ -204,4 +204,7 @@ def _start_wandb(project: str, folder: Path) -> Any:
     except ModuleNotFoundError:
         fix = "pip install wandb, or log.wandb=null"
         raise UserError(f"log.wandb = {project} needs a package that is not installed: {fix}") from None
-    return wandb.init(project=project, name=folder.name, dir=str(folder))
+    run = wandb.init(project=project, name=folder.name, dir=str(folder))
+    # W&B's own count only grows: a save that ends some steps later, a run that went back, would be dropped
+    run.define_metric("*", step_metric="step")
+    return run

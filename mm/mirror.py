@@ -1,18 +1,18 @@
 """A copy of a run elsewhere, through fsspec: its checkpoints, and what goes on with them.
 
-Uploaded by a thread of rank 0 while training goes on. Of a checkpoint `state.json` goes last, so a folder that has one
-is complete. What cannot be copied is told and tried again with the next one; it never ends the run. A run folder that
-holds no checkpoint begins with the newest complete one of its copy.
+Uploaded by a thread of rank 0 while training goes on: what is not there yet, the newest first. Of a checkpoint
+`state.json` goes last, so a folder that has one is complete. What cannot be copied is told and tried again with the next
+one; it never ends the run. A run folder that holds no checkpoint as new goes on with the newest good one of its copy.
 """
 
-import json
 import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mm import checkpoint
@@ -22,6 +22,7 @@ from mm.errors import Failure, UserError
 from mm.files import sync
 from mm.run import BAD_SAMPLES, SKIPPED_SAMPLES, check_same_run
 from mm.runs import CONFIG, METRICS
+from mm.tensorfile import damage
 
 RECORDS = (CONFIG, METRICS, BAD_SAMPLES, SKIPPED_SAMPLES)
 STATE = "state.json"
@@ -36,108 +37,158 @@ class Mirror:
         """tell: is given what went wrong. Raises UserError where there is no such file system."""
         self.run, self.url, self.tell = run, url.rstrip("/"), tell
         self.files, self.root = file_system(self.url, options)
-        self._wanted: queue.SimpleQueue[tuple[Path | None, list[str]] | None] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._moved = 0.0  # when the last file arrived
 
-    def copy(self, path: Path | None) -> None:
-        """Copy a checkpoint (or only the records) in the background, then remove those that the run has not any more."""
+    def copy(self) -> None:
+        """Copy checkpoints and records in the background, and remove what the run has not any more."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, daemon=True, name="mirror")
             self._thread.start()
-        self._wanted.put((path, [one.name for one in checkpoint.complete(self.run)]))
+        self._wanted.put(True)
 
-    def finish(self) -> None:
-        """Wait until all is copied."""
-        if self._thread is not None:
-            self._wanted.put(None)
-            self._thread.join()
-            self._thread = None
+    def finish(self, patience: float) -> None:
+        """Wait until all is copied, or until a file has taken `patience` seconds: then that is told."""
+        if self._thread is None:
+            return
+        self._wanted.put(False)
+        self._moved = time.monotonic()
+        while self._thread.is_alive() and time.monotonic() - self._moved < patience:
+            self._thread.join(1.0)
+        if self._thread.is_alive():
+            self.tell(
+                f"{self.url} has not taken all of {self.run}: a file takes over {patience:g} s. What it has is good; "
+                "the same command copies the rest when it goes on here"
+            )
+        self._thread = None
 
     def fetch(self, config: Config) -> Path | None:
-        """Bring the records and the newest complete checkpoint into the run folder; None where there is none.
+        """Bring the records and the newest good checkpoint into the run folder; None where the run has one as new.
 
         Raises Failure where the copy cannot be read, UserError where it is of a run of another config.
         """
         try:
-            steps = self._complete()
+            steps = [name for name, whole in self._checkpoints() if whole]
             if not steps:
                 return None
-            final = self.run / "checkpoints" / steps[-1]
-            temporary = final.with_name(f".{final.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            there = f"{self.root}/checkpoints/{final.name}"
-            for name in _names(json.loads(self.files.cat_file(f"{there}/{STATE}"))):
-                self.files.get_file(f"{there}/{name}", str(temporary / name))
-            written = temporary / CONFIG
-            self.files.get_file(f"{self.root}/{CONFIG}", str(written))
-            check_same_run(self.run, config, written)
-            written.unlink()
-            for name in RECORDS:
-                if name != CONFIG and self.files.exists(f"{self.root}/{name}"):
-                    self.files.get_file(f"{self.root}/{name}", str(self.run / name))
-        except UserError:
+            with self._config() as written:
+                check_same_run(self.run, config, written)
+            newest = max((path.name for path in checkpoint.complete(self.run)), key=_number, default="step_0")
+            for name in reversed(steps):
+                if _number(name) <= _number(newest):
+                    return None
+                if (final := self._fetched(name)) is not None:
+                    return final
+        except (UserError, Failure):
             raise
         except Exception as error:  # each file system has its own
             raise Failure(f"the copy of the run in {self.url} cannot be read: {error}") from error
+        if newest == "step_0":
+            raise UserError(
+                f"no checkpoint in {self.url} is good, and {self.run} has none. Move it away to start from the beginning"
+            )
+        return None
+
+    @contextmanager
+    def _config(self) -> Iterator[Path]:
+        with TemporaryDirectory() as folder:
+            written = Path(folder, CONFIG)
+            self.files.get_file(f"{self.root}/{CONFIG}", str(written))
+            yield written
+
+    def _fetched(self, name: str) -> Path | None:
+        """A checkpoint brought with the records, or None where it is damaged, which is told."""
+        final = self.run / "checkpoints" / name
+        temporary = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        there = f"{self.root}/checkpoints/{name}"
+        try:
+            self.files.get_file(f"{there}/{STATE}", str(temporary / STATE))
+            for file, about in checkpoint.files_of(temporary).items():
+                self.files.get_file(f"{there}/{file}", str(temporary / file))
+                if mistake := damage(temporary / file, about):
+                    raise UserError(mistake)
+        except (UserError, FileNotFoundError) as error:
+            shutil.rmtree(temporary)
+            self.tell(f"{name} of {self.url} passed over: {error}")
+            return None
+        for record in RECORDS:
+            if record != CONFIG and self.files.exists(f"{self.root}/{record}"):
+                self.files.get_file(f"{self.root}/{record}", str(self.run / record))
         sync(temporary)
         temporary.rename(final)
         return final
 
     def _work(self) -> None:
-        while (wanted := self._wanted.get()) is not None:
-            path, kept = wanted
+        while self._wanted.get():
             try:
-                self._copy(path, kept)
+                self._copy(checkpoint.complete(self.run))
             except Exception as error:  # each file system has its own
-                if path is None or path.exists():  # else the run has no use for it any more
-                    what = path.name if path else "the records"
-                    self.tell(f"{what} could not be copied to {self.url} in {TRIES} tries: {error}")
+                self.tell(f"{self.run} could not be copied to {self.url} in {TRIES} tries: {error}")
 
-    def _copy(self, path: Path | None, kept: list[str]) -> None:
+    def _copy(self, kept: list[Path]) -> None:
         self.files.makedirs(self.root, exist_ok=True)
-        if path is not None:
-            there = f"{self.root}/checkpoints/{path.name}"
-            self.files.makedirs(there, exist_ok=True)
-            if self.files.exists(
-                f"{there}/{STATE}"
-            ):  # one of the same step, which a run that went back replaces
-                self.files.rm_file(f"{there}/{STATE}")
-            for name in _names(json.loads((path / STATE).read_bytes())):
-                self._put(path / name, f"{there}/{name}")
-        for name in RECORDS:
+        for (
+            name
+        ) in RECORDS:  # with later lines than the checkpoint's, which are cut off, rather than without some
             if (self.run / name).exists():
                 self._put(self.run / name, f"{self.root}/{name}")
-        for name in self._complete():
-            if name not in kept:
-                there = f"{self.root}/checkpoints/{name}"
-                self.files.rm_file(f"{there}/{STATE}")  # first: then it is no checkpoint
-                self.files.rm(there, recursive=True)
+        there = dict(self._checkpoints())
+        for path in reversed(kept):
+            # the newest may be another one of the same step, where a run has gone back
+            if path == kept[-1] or not there.get(path.name):
+                try:
+                    self._copy_checkpoint(path)
+                except Exception:
+                    if path.exists():  # else the run has no use for it any more
+                        raise
+        there = dict(self._checkpoints())
+        if any(there.get(path.name) for path in kept):  # else what is there is all there is
+            for name in there.keys() - {path.name for path in kept}:
+                self._remove(f"{self.root}/checkpoints/{name}")
+
+    def _copy_checkpoint(self, path: Path) -> None:
+        there = f"{self.root}/checkpoints/{path.name}"
+        if self.files.exists(f"{there}/{STATE}"):
+            if self.files.cat_file(f"{there}/{STATE}") == (path / STATE).read_bytes():
+                return
+            self.files.rm_file(f"{there}/{STATE}")
+        self.files.makedirs(there, exist_ok=True)
+        for name in [*checkpoint.files_of(path), STATE]:
+            self._put(path / name, f"{there}/{name}")
 
     def _put(self, path: Path, there: str) -> None:
         for pause in (*(PAUSE_S * 2**n for n in range(TRIES - 1)), None):
             try:
                 self.files.put_file(str(path), there)
+                self._moved = time.monotonic()
                 return
             except Exception:  # each file system has its own
                 if pause is None or not path.exists():
                     raise
                 time.sleep(pause)
 
-    def _complete(self) -> list[str]:
-        """Names of the checkpoints that are whole, the oldest first."""
-        found = []
-        with suppress(FileNotFoundError):
-            for path in self.files.ls(f"{self.root}/checkpoints", detail=False):
-                name = str(path).rstrip("/").rpartition("/")[2]
-                if checkpoint.is_name(name) and self.files.exists(f"{self.root}/checkpoints/{name}/{STATE}"):
-                    found.append(name)
-        return sorted(found, key=lambda name: int(name.removeprefix("step_")))
+    def _remove(self, there: str) -> None:
+        if self.files.exists(f"{there}/{STATE}"):
+            self.files.rm_file(f"{there}/{STATE}")  # first: then it is no checkpoint
+        self.files.rm(there, recursive=True)
+
+    def _checkpoints(self) -> list[tuple[str, bool]]:
+        """Names of the checkpoints, the oldest first, and whether they are whole."""
+        try:
+            found = [
+                str(path).rstrip("/").rpartition("/")[2]
+                for path in self.files.ls(f"{self.root}/checkpoints", detail=False)
+            ]
+        except FileNotFoundError:
+            return []
+        return [
+            (name, self.files.exists(f"{self.root}/checkpoints/{name}/{STATE}"))
+            for name in sorted(filter(checkpoint.is_name, found), key=_number)
+        ]
 
 
-def _names(state: dict[str, Any]) -> list[str]:
-    """The files of a checkpoint in the order of copying: what makes it complete is the last."""
-    names = sorted(state["files"])
-    if any("/" in name or name.startswith(".") for name in names):
-        raise UserError("the copy's state.json names files outside of its folder")
-    return [*names, STATE]
+def _number(name: str) -> int:
+    return int(name.removeprefix("step_"))

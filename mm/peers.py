@@ -9,12 +9,20 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from mm.errors import Failure
+
 T = TypeVar("T")
 
 OTHERS_WAIT_S = 3.0  # for the rank where it happened to say so
 STORE_LIVES_S = 1.0  # for the others to ask what rank 0 said
 ANSWER_S = 3.0  # that the store may take
-ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+ECHOES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Failed to recv, got 0 bytes",  # the store that lived in rank 0
+)
 ECHO = "another rank ended"
 
 
@@ -27,7 +35,11 @@ def in_process_group() -> bool:
 def is_echo(error: BaseException) -> bool:
     """Whether this is how the end of another rank looks from here."""
     return (
-        isinstance(error, RuntimeError) and in_process_group() and any(part in str(error) for part in ECHOES)
+        isinstance(error, RuntimeError)
+        and not isinstance(error, Failure)
+        and in_process_group()
+        and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        and any(part in str(error) for part in ECHOES)
     )
 
 

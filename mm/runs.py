@@ -101,7 +101,9 @@ def read(folder: Path) -> Run:
     last: Mapping[str, Any] = lines[-1] if lines else {}
     train = _last(lines, "train")
     process = _last(lines, "process")
-    samples, total = _whole(last.get("samples")), _whole(settings.get("samples"))
+    # a save that was written beside the training is told later than its step
+    step, samples = (_most(key, last, train) for key in ("step", "samples"))
+    total = _whole(settings.get("samples"))
     rate = _number(train.get("samples_per_s"))
     state = _state(folder, lines, process)
     eta = None
@@ -115,7 +117,7 @@ def read(folder: Path) -> Run:
         state=state,
         host=str(process["host"]) if process.get("host") else None,
         pid=int(pid) if isinstance(pid, str) and pid.isdecimal() else None,
-        step=_whole(last.get("step")),
+        step=step,
         samples=samples,
         total=total,
         loss=_number(train.get("loss")),
@@ -153,6 +155,10 @@ def _parsed(texts: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 def _last(lines: Sequence[dict[str, Any]], event: str) -> dict[str, Any]:
     return next((line for line in reversed(lines) if line["event"] == event), {})
+
+
+def _most(key: str, *lines: Mapping[str, Any]) -> int | None:
+    return max((n for line in lines if (n := _whole(line.get(key))) is not None), default=None)
 
 
 def _state(folder: Path, lines: Sequence[dict[str, Any]], process: Mapping[str, Any]) -> str:

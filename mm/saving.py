@@ -49,6 +49,7 @@ class Save:
         Raises UserError on all ranks where there is too little room, or where writing fails here.
         """
         assert state.step == engine.steps, f"state at step {state.step}, engine at {engine.steps}"
+        self._run = run
         self.step = state.step
         self.final = checkpoint.folder(run, state.step)
         self._temporary = self.final.with_name(f".{self.final.name}.tmp")
@@ -99,7 +100,7 @@ class Save:
         return self._files
 
     def _prepare(self) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        checkpoint.restore(self._run)  # what an earlier process left takes room
         self._temporary.mkdir(parents=True)
         # before the first byte, of which there may be a terabyte
         if shutil.disk_usage(self._temporary).free < self._needed:
@@ -212,7 +213,8 @@ def _existing(path: Path) -> Path:
 
 
 def _put(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name; one that has the name already goes only once the new one is there."""
+    """Give a finished folder its name; one that has the name already goes only once the new one is there, and comes
+    back by `checkpoint.restore` after a kill in between."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

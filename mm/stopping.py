@@ -1,24 +1,34 @@
 """A run that is asked to stop: it finishes its step, saves, and ends; the same command goes on exactly.
 
+In an evaluation too: that is left between two batches, and made anew by the next process.
+
 Asked by SIGTERM or SIGUSR1 to any rank, as schedulers give notice of a time limit or of a job that is wanted more, or
-by the file `stop` in the run folder (`mm stop RUN`), which reaches every machine that the folder does. What is here only
+by the file `stop` in the run folder (`mm stop RUN`), which reaches every machine that the folder does. The handler only
 sets a flag; the loop acts on it, on all ranks after the same step.
 """
 
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
+
 from mm import distributed
-from mm.errors import UserError
+from mm.errors import Stopped, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 FILE = "stop"
 LOOK_S = 1.0  # between two looks for the file
+_asked: Callable[[], bool] | None = None  # of the run whose evaluation may be left
+
+
+class Left(Exception):
+    """An evaluation was left before its end, on all ranks."""
 
 
 class Notice:
@@ -39,7 +49,8 @@ class Notice:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for one, handler in self._before.items():
-            signal.signal(one, handler)
+            # it ends as it was asked to: who asks again must not kill it on the way
+            signal.signal(one, _again if kind is Stopped else handler)
 
     def seen(self) -> bool:
         """Whether it was asked until now. Rank 0 looks for the file, once a second."""
@@ -51,6 +62,29 @@ class Notice:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+
+
+@contextmanager
+def may_be_left(asked: Callable[[], bool]) -> Iterator[None]:
+    """Evaluations within end with `Left` once any rank was asked."""
+    global _asked
+    before, _asked = _asked, asked
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def leave_if_asked() -> None:
+    """Raise `Left` where an evaluation may be left and any rank was asked to. Collective."""
+    if _asked is None:
+        return
+    if distributed.mean(torch.tensor([float(_asked())], device=distributed.device())).item() > 0:
+        raise Left
+
+
+def _again(number: int, frame: FrameType | None) -> None:
+    """Not SIG_IGN, which programs that are started would inherit."""
 
 
 def withdraw(run: Path) -> None:

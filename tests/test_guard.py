@@ -55,6 +55,14 @@ def test_after_a_spike_one_that_is_not_finite_is_told_as_such() -> None:
     assert guard.action() == ("rewind", "its gradients are not finite")
 
 
+def test_a_loss_that_is_no_number_is_not_compared_with_later_ones() -> None:
+    state = TrainState(step=0, samples=0)
+    guard = Guard(GuardConfig(spike="skip", window=4), state)
+    found = [guard.accepts(loss, 1.0) for loss in (3.0, 3.1, 2.9, math.nan, math.inf, 3.0, 900.0)]
+    assert found == [True, True, True, False, False, True, False]
+    assert all(map(math.isfinite, state.guard["loss"]))
+
+
 class Normalised(Regression):
     """With running statistics, which a skipped step must not leave changed either."""
 

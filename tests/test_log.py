@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +61,25 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
         log.progress(1, 32, 64, loss=0.5, samples_per_s=1.0, data_wait=0.0)
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_wandb_gets_the_step_as_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own count never goes back, but a save that ends later than the steps after it does."""
+    logged, axes = [], []
+    run = SimpleNamespace(
+        log=logged.append,
+        finish=lambda: None,
+        define_metric=lambda *names, **axis: axes.append((names, axis)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    with Log(tmp_path, every=1, tensorboard=False, wandb="project") as log:
+        log.event("train", 3, 24, loss=0.5)
+        log.event("save", 2, 16, seconds=1.0)
+    assert axes == [(("*",), {"step_metric": "step"})]
+    assert logged == [
+        {"train/loss": 0.5, "step": 3, "samples": 24},
+        {"save/seconds": 1.0, "step": 2, "samples": 16},
+    ]
 
 
 def test_a_missing_wandb_is_the_users_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

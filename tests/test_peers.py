@@ -5,7 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from mm import peers
+from mm.errors import Failure
 from tests.dist import finish, launch_program, start_program
 from tests.test_pretrain import (
     data,
@@ -42,6 +45,19 @@ def test_a_rank_that_ends_is_what_is_shown(who: int, how: str) -> None:
         return
     assert output.count(said) == 1 and "Connection" not in output, output
     assert output.count("Traceback") == (how == "raise"), output
+
+
+def test_trouble_of_ones_own_is_no_echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store or a share that hangs up, in words that gloo uses too."""
+    monkeypatch.setattr(peers, "in_process_group", lambda: True)
+    error = RuntimeError("recv: Connection reset by peer")
+    for world, expected in (("1", False), ("2", True)):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert peers.is_echo(error) == expected
+        assert not peers.is_echo(Failure("shard 3: Connection reset by peer"))
+    assert peers.is_echo(
+        torch.distributed.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed.")
+    )
 
 
 def test_under_torchrun_the_summary_names_the_rank_and_its_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -20,7 +21,7 @@ from mm import checkpoint, distributed, mirror
 from mm.checkpoint import TrainState
 from mm.config import Config, dump
 from mm.data.stream import StreamBatch
-from mm.errors import Failure, UserError
+from mm.errors import Failure, Stopped, UserError
 from mm.log import Log
 from mm.schedule import CheckpointConfig, Schedule
 from mm.tensorfile import TensorFile
@@ -28,7 +29,7 @@ from tests.dist import run_ranks, start_program
 from tests.test_engine import GLOBAL_BATCH, Regression, engine_of, micro_batches
 from tests.test_pretrain import data, events, losses, tiny, weights  # fixtures among them
 from train.loop import Loop
-from train.saver import fetch_copy
+from train.saver import Saver, newest
 
 __all__ = ["data", "tiny"]
 
@@ -41,14 +42,19 @@ class Killed(BaseException):
 
 
 def trained(
-    run: Path, *, stage: int = 0, killed_at: int = 0, config: Config | None = None, **keys: Any
+    run: Path,
+    *,
+    stage: int = 0,
+    killed_at: int = 0,
+    asked_at: int = 0,
+    config: Config | None = None,
+    **keys: Any,
 ) -> Any:
     """Go on with a run, saving every 2 steps; its engine."""
     checkpoints = CheckpointConfig(**keys)
     engine = engine_of(Regression(dropout=0.3), zero_stage=stage, ema_decay=0.9)
     run.mkdir(parents=True, exist_ok=True)
-    fetch_copy(run, config or Config(), checkpoints)
-    latest = checkpoint.latest(run)
+    latest = newest(run, config or Config(), checkpoints)
     state = checkpoint.load(latest, engine) if latest else TrainState(step=0, samples=0)
 
     def stream() -> Any:
@@ -62,6 +68,7 @@ def trained(
             run, engine, stream(), state, Schedule(STEPS, STEPS * GLOBAL_BATCH, 2, None, 1), log,
             rates=lambda samples: dict.fromkeys(("image", "text", "head"), 1e-3),
             evaluate=dict, write_model=lambda state: None, best=None, checkpoints=checkpoints, max_bad=1.0,
+            asked=lambda: 0 < asked_at <= state.step + 1,
         )()  # fmt: skip
     return engine
 
@@ -201,6 +208,74 @@ def test_a_run_goes_on_from_its_copy(fails: list[str], tmp_path: Path, monkeypat
         assert content(path).keys() == content(there / "checkpoints" / path.name).keys()
 
 
+def test_the_newest_is_gone_on_from_wherever_it_lies(tmp_path: Path, capsys) -> None:
+    """A job that comes back to the disk of its first machine: the second one's checkpoints are newer, and stay."""
+    expected = trained(tmp_path / "whole").full_weights()
+    keys: dict[str, Any] = {"copy_to": f"file://{tmp_path}/there", "keep": 2}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.yaml").write_text(dump(Config()))
+    for machine, step in (("one", 3), ("two", 5), ("one", 7)):
+        with pytest.raises(Stopped, match=f"saved at step {step}"):
+            trained(tmp_path / machine, asked_at=step, **keys)
+        assert copied(tmp_path / "there")[-1] == f"step_{step:08d}", "a stop waits for the copy"
+    (tmp_path / "there/checkpoints/step_00000099").mkdir()  # half: a kill while it was copied
+    shutil.rmtree(tmp_path / "there/checkpoints/step_00000007")  # or never got there
+    found = trained(tmp_path / "one", **keys).full_weights()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert list(losses(tmp_path / "one")) == list(range(1, STEPS + 1))
+    there = [path.name for path in checkpoint.complete(tmp_path / "there")]
+    assert there == [path.name for path in checkpoint.complete(tmp_path / "one")]
+    assert there == ["step_00000007", "step_00000008"]
+    assert capsys.readouterr().out.count("has no checkpoint as new; it goes on with step_0000000") == 2
+
+
+def test_a_copy_that_is_damaged_is_passed_over(tmp_path: Path, capsys) -> None:
+    expected = trained(tmp_path / "whole").full_weights()
+    there = tmp_path / "there"
+    keys = {"copy_to": f"file://{there}"}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.yaml").write_text(dump(Config()))
+    trained(tmp_path / "one", **keys)
+    assert copied(there) == ["step_00000004", "step_00000006", "step_00000008"]
+    (there / "checkpoints/step_00000008/state.json").write_text("{")
+    next((there / "checkpoints/step_00000006").glob("moments*")).write_bytes(b"damaged")
+    found = trained(tmp_path / "two", **keys).full_weights()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    said = capsys.readouterr().out
+    assert (
+        "step_00000008 of file" in said and "step_00000006 of file" in said and "with step_00000004" in said
+    )
+
+
+def test_a_copy_that_hangs_does_not_hold_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    ends = threading.Event()
+    monkeypatch.setattr(Elsewhere, "put_file", lambda *_, **__: ends.wait())
+    saver = Saver(tmp_path, None, CheckpointConfig(copy_to=f"elsewhere://{tmp_path}/there"), None, 1)  # type: ignore
+    (tmp_path / "config.yaml").touch()
+    saver.close(patience=0.2)
+    assert "has not taken all of" in capsys.readouterr().out
+    ends.set()
+
+
+def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
+    """A kill between the two renames; and what other kills have left takes no room."""
+    expected = trained(tmp_path / "whole").full_weights()
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        trained(run, killed_at=4, background=False)
+    here = run / "checkpoints"
+    (here / "step_00000002").rename(here / ".step_00000002.old")
+    for name in (".step_00000003.tmp", ".step_00000001.old/x", ".step_00000000.removed"):
+        (here / name).mkdir(parents=True)
+    (here / "step_00000001").mkdir()
+    checkpoint.restore(run)
+    assert sorted(path.name for path in here.iterdir()) == ["step_00000001", "step_00000002"]
+    (here / "step_00000001").rmdir()
+    found = trained(run).full_weights()
+    assert list(losses(run)) == list(range(1, STEPS + 1))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_what_cannot_be_copied_is_told_and_the_run_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(mirror, "PAUSE_S", 0.01)
     monkeypatch.setattr(
@@ -209,12 +284,10 @@ def test_what_cannot_be_copied_is_told_and_the_run_goes_on(tmp_path: Path, monke
     trained(tmp_path / "run", copy_to=f"elsewhere://{tmp_path}/there")
     assert checkpoint.step_of(checkpoint.complete(tmp_path / "run")[-1]) == STEPS
     said = capsys.readouterr().out
-    assert (
-        "step_00000008 could not be copied to elsewhere://" in said and "in 3 tries: quota exceeded" in said
-    )
+    assert "could not be copied to elsewhere://" in said and "in 3 tries: quota exceeded" in said
 
 
-def test_a_copy_of_another_run_or_none_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_copy_of_another_run_or_none_is_the_users_to_mend(tmp_path: Path, monkeypatch, capsys) -> None:
     class Named(Config):
         seed: int = 0
 
@@ -225,18 +298,22 @@ def test_a_copy_of_another_run_or_none_is_the_users_to_mend(tmp_path: Path) -> N
     trained(tmp_path / "a", config=Named(seed=1), **keys)
     with pytest.raises(UserError, match=r"with another config.*\n.*seed: 1 -> 2"):
         trained(tmp_path / "b", config=Named(seed=2), **keys)
+    trained(tmp_path / "mine", config=Named(seed=2))  # also where the folder has checkpoints
+    with pytest.raises(UserError, match=r"with another config.*\n.*seed: 1 -> 2"):
+        trained(tmp_path / "mine", config=Named(seed=2), **keys)
     with pytest.raises(UserError, match="nowhere://"):
         trained(tmp_path / "c", copy_to="nowhere://bucket/run")
     state = next(there.glob("checkpoints/*/state.json"))
+    content = {"version": checkpoint.VERSION, "files": {"../../x": {"bytes": 0, "sha256": ""}}}
     for path in there.glob("checkpoints/*/state.json"):
-        path.write_text(json.dumps({"files": {"../../x": {}}}))
-    with pytest.raises(UserError, match="outside of its folder"):
+        path.write_text(json.dumps(content | {"sha256": checkpoint.checksum(content)}))
+    with pytest.raises(UserError, match=r"no checkpoint in file://.* is good"):
         trained(tmp_path / "d", config=Named(seed=1), **keys)
-    for path in there.glob("checkpoints/*/state.json"):
-        path.write_text("{")
-    with pytest.raises(Failure, match="cannot be read"):
+    assert "outside of its folder" in capsys.readouterr().out
+    assert state.exists() and not list((tmp_path / "d" / "checkpoints").glob("*"))
+    monkeypatch.setattr(mirror.Mirror, "_fetched", lambda *_: (_ for _ in ()).throw(OSError("no answer")))
+    with pytest.raises(Failure, match="cannot be read: no answer"):
         trained(tmp_path / "e", config=Named(seed=1), **keys)
-    assert state.exists()
 
 
 @pytest.fixture

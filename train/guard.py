@@ -7,6 +7,7 @@ PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1): a spike needs certa
 
 import math
 import statistics
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -56,9 +57,10 @@ class Guard:
             found = dict(zip(FIGURES, (loss, grad_norm), strict=True))
             self._why = " and ".join(filter(None, (self._above(key, value) for key, value in found.items())))
             for key, value in found.items():
-                recent = self.state.guard.setdefault(key, [])
-                recent.append(value)
-                del recent[: -self.config.window]
+                if math.isfinite(value):
+                    recent = self.state.guard.setdefault(key, [])
+                    recent.append(value)
+                    del recent[: -self.config.window]
         return not self._why
 
     def action(self) -> tuple[Literal["skip", "rewind"], str]:
@@ -99,7 +101,8 @@ def rewind(
     found = checkpoint.latest(run, warn=message)
     assert found is not None
     if last is not None and found == checkpoint.folder(run, last):
-        found = checkpoint.latest(run, warn=message, before=last) or found
+        with suppress(UserError):  # all of them are damaged
+            found = checkpoint.latest(run, warn=message, before=last) or found
     state.become(checkpoint.load(found, engine, verify=False))
     left_out = math.ceil((reached + config.step_over - state.position) / batch) * batch
     state.stepped_over += left_out

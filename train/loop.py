@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import Tensor
-
 from mm import checkpoint, distributed
 from mm.checkpoint import TrainState
 from mm.data.ledger import Ledger
@@ -19,10 +17,12 @@ from mm.progress import LONG_S, Wait, no_reason
 from mm.run import BAD_SAMPLES, SKIPPED_SAMPLES
 from mm.schedule import CheckpointConfig, Schedule
 from mm.stalls import StallWatch
+from mm.stopping import Left, may_be_left
 from train.guard import Guard, GuardConfig, rewind
 from train.saver import Saver
 
 FEW_SAMPLES = 1_000  # the share of bad samples is not judged before
+STOP_COPIES_S = 120.0  # that a run which is asked to stop waits for its copy elsewhere
 
 Figures = dict[str, dict[str, float]]
 """Set name -> figure name -> value."""
@@ -84,7 +84,6 @@ class Loop:
         self.patience = patience
         self.fetching = fetching
         self.asked = asked
-        self._told: tuple[int, dict[str, Tensor]] | None = None
         self.stalls = StallWatch(run, stall_after)
         self.guard = Guard(guard or GuardConfig(), state)
         self.batch = schedule.samples // schedule.steps
@@ -97,7 +96,7 @@ class Loop:
     def __call__(self) -> None:
         """Train to the end, or until patience is lost.
 
-        Raises Stopped after a step at which any rank was asked to stop, when it has been saved.
+        Raises Stopped after a step, or in an evaluation, at which any rank was asked to stop, when it has been saved.
         """
         if self.state.due:
             self._end_step()
@@ -129,6 +128,7 @@ class Loop:
 
     def _step(self, batches: Iterator[StreamBatch]) -> None:
         asked = time.perf_counter()
+        self.stalls.at(f"the data of step {self.state.step + 1:,}")
         streamed = next(batches)
         self.waited += time.perf_counter() - asked
         rates = self.rates(self.state.samples)
@@ -151,22 +151,15 @@ class Loop:
         if step % schedule.log_every == 0 or last:
             self._log_step(rates, result)
         self.state.due = last or bool(schedule.evaluate_every and step % schedule.evaluate_every == 0)
-        # of the step before: to look at this one's would wait for the GPU
-        told, self._told = self._told, (step, result.flags)
-        if told is not None:
-            self._heed(*told)
-        self._end_step()
-
-    def _heed(self, step: int, flags: Mapping[str, Tensor]) -> None:
-        """Act on the flags that were raised in a step, as all ranks do."""
-        began = self.saver.began
-        if began is not None and step > began and flags["written"].item() == 1:
+        if result.flags["written"].item() == 1:
             self.saver.finish()
-        if flags["asked"].item() > 0:
+        if result.flags["asked"].item() > 0:
             self._stop()
+        self._end_step()
 
     def _stop(self) -> NoReturn:
         self._save(wait=True)
+        self.saver.close(STOP_COPIES_S)
         self.log.event("stopped", self.state.step, self.state.samples)
         raise Stopped(
             f"{self.run} was asked to, and saved at step {self.state.step:,} ({self.state.samples:,} samples); the same "
@@ -176,8 +169,9 @@ class Loop:
     def _end_step(self) -> None:
         """Evaluate and save, where it is time to."""
         step, schedule = self.state.step, self.schedule
-        evaluated, self.state.due = self.state.due, False
+        evaluated = self.state.due
         better = evaluated and self._evaluate()
+        self.state.due = False
         last = step == schedule.steps or self._is_out_of_patience()
         saved = last or better or step % schedule.save_every == 0
         # before the checkpoint: a kill between the two repeats this step and writes the model again
@@ -223,6 +217,7 @@ class Loop:
         self._log_trouble("skip", why, result, first, self.state.position, batch=first)
         message(f"step {step:,} skipped: {why} (loss {float(result.loss):.4g})")
         if skips >= limit:
+            self.saver.finish()
             raise UserError(
                 f"{skips} steps in a row were skipped (guard.max_skips), up to step {step:,}: {why}. Start another run "
                 "(out=...) with a lower optim.lr, a longer optim.warmup, or engine.grad_clip; the newest of "
@@ -294,6 +289,7 @@ class Loop:
         samples = round(self.state.samples * (1 + self.samples_beside))
         share = self.state.bad / samples
         if share > self.max_bad and samples >= FEW_SAMPLES:
+            self.saver.finish()
             raise UserError(
                 f"{self.state.bad:,} of {samples:,} samples ({share:.1%}) could not be used, more than "
                 f"data.max_bad={self.max_bad:g} allows; the last: {first['reason']}. Look at {self.ledger.path}; "
@@ -302,8 +298,13 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Evaluate; whether the best metric got better."""
+        self.saver.finish()  # what an evaluation takes may be the last of a run
         self.stalls.at(f"the evaluation after step {self.state.step:,}")
-        figures = self.evaluate()
+        try:
+            with may_be_left(self.asked):
+                figures = self.evaluate()
+        except Left:
+            self._stop()
         self.log.event("eval", self.state.step, self.state.samples, figures=figures)
         if not self.best:
             return False

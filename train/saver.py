@@ -13,9 +13,12 @@ from mm.progress import LONG_S, Wait
 from mm.saving import Save
 from mm.schedule import CheckpointConfig
 
+COPIES_S = 1800.0
+"""That the end of a run waits for one file of its copy elsewhere."""
+
 
 class Saver:
-    """Saves a run, one checkpoint at a time. All methods but `written` and `began` are collective."""
+    """Saves a run, one checkpoint at a time. All methods but `written` are collective."""
 
     def __init__(self, run: Path, engine: Engine, config: CheckpointConfig, log: Log, batch: int) -> None:
         """batch: samples a step."""
@@ -25,6 +28,8 @@ class Saver:
         self._samples = 0
         self._started = self._stalled = 0.0
         self._mirror = mirror_of(run, config)
+        if self._mirror:
+            self._mirror.copy()  # what an earlier process could not
 
     def save(self, state: TrainState, wait: bool = False) -> None:
         """Save a state, after the save that is under way. wait: until it is on the disk."""
@@ -42,36 +47,32 @@ class Saver:
         """Whether this rank has written its part of a save that is under way."""
         return self._under_way is not None and self._under_way.written()
 
-    @property
-    def began(self) -> int | None:
-        """The step of the save that is under way."""
-        return self._under_way.step if self._under_way else None
-
     def finish(self) -> None:
         """Wait for the save that is under way, and remove what need not be kept any more."""
         if self._under_way is None:
             return
         save, self._under_way = self._under_way, None
         waited = time.perf_counter()
-        path = save.finish()
+        save.finish()
         checkpoint.prune(self.run, self.config.keep, keep=self._keep | self._for_good())
         now = time.perf_counter()
         times = {"seconds": now - self._started, "stall": self._stalled + now - waited}
         self.log.event("save", save.step, self._samples, **times)
         if self._mirror:
-            self._mirror.copy(path)
+            self._mirror.copy()
 
-    def close(self) -> None:
-        """At the end of the run: wait for the save that is under way, and for the copies."""
+    def close(self, patience: float = COPIES_S) -> None:
+        """Wait for the save that is under way, and for the copies, of which none may take longer than `patience`
+        seconds a file."""
         self.finish()
         if self.config.copy_to:
-            distributed.on_main(self._copy_all)
+            distributed.on_main(lambda: self._copy_all(patience))
 
-    def _copy_all(self) -> None:
+    def _copy_all(self, patience: float) -> None:
         assert self._mirror is not None
         with Wait(f"copying to {self.config.copy_to}", quiet_s=LONG_S):
-            self._mirror.copy(None)
-            self._mirror.finish()
+            self._mirror.copy()
+            self._mirror.finish(patience)
 
     def _for_good(self) -> set[int]:
         """Steps of the checkpoints that stay: the first at or after each multiple of `keep_every`."""
@@ -92,19 +93,21 @@ def mirror_of(run: Path, config: CheckpointConfig) -> Mirror | None:
     return Mirror(run, config.copy_to, config.copy_options, message)
 
 
-def fetch_copy(run: Path, config: Config, checkpoints: CheckpointConfig) -> None:
-    """Bring the newest checkpoint of the run's copy, where the run has one and no checkpoint. Collective.
+def newest(run: Path, config: Config, checkpoints: CheckpointConfig) -> Path | None:
+    """The checkpoint that a run goes on from, brought from its copy where that has a newer one; None: it begins.
+    Collective; for the process that trains.
 
     config: of the whole run.
     """
 
-    def fetch() -> None:
-        mirror = mirror_of(run, checkpoints)
-        if mirror is None or checkpoint.exists(run):
-            return
-        found = mirror.fetch(config)
-        if found is not None:
-            message(f"{run} has no checkpoint; it goes on with {found.name} of {checkpoints.copy_to}")
+    def prepare() -> None:
+        checkpoint.restore(run)
+        if mirror := mirror_of(run, checkpoints):
+            found = mirror.fetch(config)
+            if found is not None:
+                message(
+                    f"{run} has no checkpoint as new; it goes on with {found.name} of {checkpoints.copy_to}"
+                )
 
-    if checkpoints.copy_to:
-        distributed.on_main(fetch)
+    distributed.on_main(prepare)
+    return checkpoint.latest(run, warn=message)

@@ -28,7 +28,7 @@ from mm.stopping import Notice
 from mm.tasks.task import Task
 from train.guard import GuardConfig
 from train.loop import Figures, Loop, figure
-from train.saver import fetch_copy
+from train.saver import newest
 
 
 class MakeConfig(Config):
@@ -185,8 +185,7 @@ def train(
         samples_beside: of other tasks, for each sample of the main one.
     """
     schedule = config.schedule()
-    fetch_copy(run, config, config.checkpoint)
-    latest = checkpoint.latest(run, warn=message)
+    latest = newest(run, config, config.checkpoint)
     state = checkpoint.load(latest, engine, verify=False) if latest else TrainState(step=0, samples=0)
 
     def open_from(state: TrainState) -> Stream | Streams:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mm import distributed
+from mm import distributed, stopping
 from mm.data import decode
 from mm.data.clips import Views, clip_views
 from mm.data.remote.transport import shown
@@ -122,6 +122,7 @@ def pass_over(
         batches = progress.waits(take(loader, TIMEOUT_S), samples.fetching)
         for done, (j, (batch, facts)) in enumerate(zip(own, batches, strict=True)):
             progress.to(done * at_once)
+            stopping.leave_if_asked()
             on_device = {
                 key: value.to(distributed.device(), non_blocking=True) for key, value in batch.items()
             }
