@@ -86,7 +86,8 @@ class Mirror:
             raise Failure(f"the copy of the run in {self.url} cannot be read: {error}") from error
         if newest == "step_0":
             raise UserError(
-                f"no checkpoint in {self.url} is good, and {self.run} has none. Move it away to start from the beginning"
+                f"no checkpoint in {self.url} is good, and {self.run} has none. Name another checkpoint.copy_to to "
+                "start from the beginning"
             )
         return None
 

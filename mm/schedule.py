@@ -19,8 +19,8 @@ class CheckpointConfig(Config):
     background: bool = True
     """Write while training goes on: it stops only for a copy in memory, 12 bytes a trained parameter over all ranks."""
     copy_to: str | None = None
-    """URL (s3://, gs://, file://, ...) that gets a copy of the checkpoints and records; a run folder without a
-    checkpoint begins with the newest of it."""
+    """URL (s3://, gs://, file://, ...) that gets a copy of the checkpoints and records; a run goes on from
+    the newest of both."""
     copy_options: dict[str, Any] = {}
     """What fsspec's file system takes. The run folder gets a copy of the config, so leave secrets to the environment."""
 

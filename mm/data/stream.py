@@ -40,7 +40,7 @@ class StreamConfig(Config):
     prefetch: int = Field(2, ge=1)
     """Batches that each worker prepares ahead."""
     timeout: float = Field(600, gt=0)
-    """Seconds without a batch from the workers after which the run ends; fewer than `stall_after`, so that it says why."""
+    """Seconds without a batch from the workers that end the run; fewer than `stall_after`, so that it says why."""
     max_bad: float = Field(0.05, ge=0, le=1)
     """Share of samples that cannot be used above which the run ends, once 1,000 samples were seen."""
     remote: RemoteConfig = Field(default_factory=RemoteConfig)
