@@ -20,6 +20,7 @@ from mm.optim import parameter_groups
 from mm.plan import config_of, published, speed
 from mm.plan.advice import enough_ranks
 from mm.plan.config import FinetunePlan, PlanKeys, PretrainPlan
+from mm.plan.estimate import estimate, largest_batch
 from mm.plan.hardware import GPUS, gpu_of
 from mm.plan.storage import written
 from mm.plan.trace import Trace, Work, traced
@@ -84,6 +85,10 @@ def everything(folder: str) -> dict[str, Any]:
     found["json"] = json.loads(plan(DEBUG, *machines, "json=true", "bytes_per_sample=1000"))
     given = ("json=true", "efficiency=0.01", "engine.micro_batch=4", "gpu_memory=1.9")
     found["given"] = json.loads(plan(DEBUG, *SHALLOW, *machines, *given))
+    printed = f"efficiency={found['json']['efficiency']}"
+    found["fed back"] = json.loads(plan(DEBUG, *machines, "json=true", printed))
+    large = estimate(config_of([DEBUG, "gpus_per_node=1", "gpu=h100", "gpu_memory=2"], "test"))
+    found["most"] = [largest_batch(large, 0, parts) for parts in (1, 2)]
     small = ("gpu=mine", "gpu_memory=2", "gpu_tflops=100", "gpu_bandwidth=1000")
     found["table"] = plan(
         DEBUG, *SHALLOW, *small, "gpus_per_node=2", "engine.zero_stage=1", f"data.shards={folder}"
@@ -108,6 +113,17 @@ def everything(folder: str) -> dict[str, Any]:
     found["published"] = rate_of(row, *trace_of(row), speed.COMPUTE, speed.MEMORY) / row.samples_per_s
     found["checkpoint"] = checkpoint()
     return found
+
+
+def test_what_stays_on_the_disk() -> None:
+    parameters = Parameters([100], [[100]], 100, 0, 0, 0)
+
+    def kept(best: str | None = None, **keys: Any) -> int:
+        every = EvaluationConfig(every=80, best=best)
+        return written(parameters, 800, 8, CheckpointConfig(every=80, **keys), every, ema=False).kept
+
+    assert kept() == 3 and kept("val/accuracy") == 4
+    assert kept(keep_every=160) == 3 + 5 and kept("val/accuracy", keep_every=80) == 10  # there are no more
 
 
 def checkpoint() -> tuple[int, int]:
@@ -153,11 +169,20 @@ def test_the_figures_of_a_run(found: dict[str, Any]) -> None:
 def test_an_efficiency_that_is_given_is_what_comes_out(found: dict[str, Any]) -> None:
     said = found["given"]
     flops = said["flops_per_sample"]["forward"] + said["flops_per_sample"]["backward"]
-    computing = said["step_seconds"]["step"] - said["step_seconds"]["network"]
-    assert 8 * flops / computing == pytest.approx(0.01 * GPUS["h100"].tflops * 1e12)
+    assert 8 * flops / said["step_seconds"]["step"] == pytest.approx(0.01 * GPUS["h100"].tflops * 1e12)
+    assert said["efficiency"] == pytest.approx(0.01) and said["step_seconds"]["network"] > 0
+    again = found["fed back"]
+    for key in ("samples_per_s", "hours", "step_seconds"):
+        assert again[key] == pytest.approx(found["json"][key]), "what a plan prints can be fed to it"
     assert said["micro_batch"] == 4
     assert [stage for stage, of in said["memory"]["stages"].items() if of["tight"]] == ["0"]
     assert any("it is tight" in line for line in said["advice"])
+
+
+def test_micro_batches_leave_less_room_for_their_samples(found: dict[str, Any]) -> None:
+    """The gradients of those before stay."""
+    most, of_several = found["most"]
+    assert 0 < of_several < most
 
 
 def test_the_table_tells_what_does_not_fit_and_what_would(found: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mm import stopping
 from mm.config import load
-from mm.errors import Failure, UserError
+from mm.errors import Failure, Stopped, UserError
 from mm.runs import here
 from tests import tiny
 from tests.browser import browser, needs_chromium
@@ -373,6 +373,20 @@ def test_two_processes_share_the_trials_and_none_is_run_twice(base, tmp_path):
     assert min(mine) >= 1
     # and a third one finds nothing to do
     assert "trial 0  " not in finish(start(base, tmp_path / "s", **keys)).partition("best:")[0]
+
+
+def test_who_comes_while_others_live_does_not_take_back_that_they_are_to_stop(base, tmp_path):
+    out = tmp_path / "s"
+    with Workers(out) as other:
+        other.path.write_text(json.dumps({**here(), "host": "elsewhere"}))
+        (out / stopping.FILE).touch()
+        with pytest.raises(Stopped, match="was asked to, it had no trial of its own"):
+            sweep.main(asked(base, out, trials=1))
+        assert (out / stopping.FILE).exists() and not list(out.glob("trial_*"))
+        with Workers(out) as one:
+            assert not one.is_alone()
+            os.utime(other.path, (0, 0))
+            assert one.is_alone()
 
 
 def test_a_sweep_of_something_else_is_refused_and_more_trials_are_free(whole, base):

@@ -40,7 +40,8 @@ def assumptions(found: Estimate) -> list[str]:
         low, high = SPREAD
         said.append(
             f"the speed is an estimate: published runs that it was not fitted on were {low:g} to {high:g} times as "
-            "fast. Waiting for data and evaluations are not in it; a run's own samples_per_s tells better: efficiency="
+            "fast. Waiting for data and evaluations are not in it. A run's own samples_per_s tells better: efficiency="
+            f"{found.efficiency:.3g} is {found.samples_per_s:,.0f}, and in proportion"
         )
     if found.config.nodes > 1:
         said.append(
@@ -68,7 +69,6 @@ def _about_memory(found: Estimate) -> list[str]:
             f"it is tight: published runs took {low:g} to {high:g} times what is planned for them, and "
             f"{found.memory.needed / found.gpu.memory:.0%} of the memory is planned; try a few steps on one node first"
         )
-    leanest = min(STAGES, key=lambda one: found.stages[one].needed)
     more = found.memory.needed - found.stages[0].needed
     if stage and more > 0:
         said.append(
@@ -76,7 +76,7 @@ def _about_memory(found: Estimate) -> list[str]:
             "cuts; engine.zero_stage=0 is faster, too"
         )
     if found.memory.needed < ROOM * found.gpu.memory and found.ranks > 1:
-        most = largest_batch(found, min(stage, leanest))
+        most = largest_batch(found, stage)
         said.append(
             f"{found.memory.needed / found.gpu.memory:.0%} of the memory is used: {most:,} samples would fit a GPU at "
             f"once; the same batch runs on {found.ranks // 2} GPUs in twice the time"
@@ -93,16 +93,17 @@ def _does_not_fit(found: Estimate) -> str:
     keys = _checkpointing(found)
     if keys:
         ways.append(keys)
-    most = max(largest_batch(found, stage) for stage in STAGES)
+    # with the gradients of the micro-batches before, which a step of one does not keep
+    most = max(largest_batch(found, stage, accumulation=2) for stage in STAGES)
     if most and not fitting:
         accumulated = next(n for n in range(most, 0, -1) if found.micro_batch % n == 0)
         ways.append(
             f"engine.micro_batch={accumulated}"
             + (" (the loss then compares fewer pairs)" if found.subject.compares else "")
         )
-        ranks = enough_ranks(found, most)
-        if ranks:
-            ways.append(f"{ranks:,} GPUs for this batch")
+    most = max(largest_batch(found, stage) for stage in STAGES)
+    if most and not fitting and (ranks := enough_ranks(found, most)):
+        ways.append(f"{ranks:,} GPUs for this batch")
     missing = (found.memory.needed - found.gpu.memory) / 1e9
     how = "; ".join(ways) or "a smaller model, or a GPU with more memory: its states alone are too large"
     return f"it does not fit: {missing:.1f} GB are missing under ZeRO {found.stage}. What would: {how}"

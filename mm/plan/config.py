@@ -53,8 +53,8 @@ class PlanKeys(Config):
     network: float = Field(400, gt=0)
     """Gbit/s of a node's network adapters, all together."""
     efficiency: float | None = Field(None, gt=0, le=1)
-    """Share of the GPU's peak that the model's operations reach, recomputation not counted; null: estimated, by a model
-    fitted on published runs. A run's own metrics.jsonl (samples_per_s) tell it better than either."""
+    """Share of the peak that the model's operations reach in a whole step, recomputation not counted; null: estimated,
+    by a model fitted on published runs. The plan tells which share a run's own samples_per_s is."""
     caption_tokens: int | None = Field(None, ge=2)
     """Tokens of the longest text of a rank's batch, to which the others are padded; null: as many as the text tower
     reads, which is the most that can be needed."""

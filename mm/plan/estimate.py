@@ -165,8 +165,8 @@ def checkpointed(config: Plan) -> Plan | None:
     return config.model_copy(update=changed)
 
 
-def largest_batch(found: Estimate, stage: int) -> int:
-    """Samples that fit a GPU at once under a stage; 0: none."""
+def largest_batch(found: Estimate, stage: int, accumulation: int = 1) -> int:
+    """Samples that fit a GPU at once under a stage, where a step has so many micro-batches; 0: none."""
     kept = found.activations_of_stage_3 if stage == 3 else found.activations
     low, high = 0, int(found.gpu.memory / max(1.0, kept.sample)) + 1
     while low < high:
@@ -178,7 +178,7 @@ def largest_batch(found: Estimate, stage: int) -> int:
             stage=stage,
             batch=middle,
             ranks=found.ranks,
-            accumulation=found.accumulation,
+            accumulation=max(accumulation, found.accumulation),
             bf16=found.bf16,
             ema=found.config.engine.ema_decay > 0,
         ).needed

@@ -98,21 +98,17 @@ def speed(
 ) -> Speed:
     """Args:
     network: Gbit/s of a node.
-    efficiency: share of the peak that forward and backward reach together; None: by the roofline.
+    efficiency: share of the peak that forward and backward reach in a whole step; None: by the roofline.
     """
     phases = {name: seconds(work, gpu) * accumulation for name, work in trace.work.items()}
     own = parameters.trained / (ranks if stage else 1)
     optimizer = ADAM_BYTES * own / (gpu.bandwidth * MEMORY)
-    if efficiency is not None:
-        wanted = accumulation * model_flops(trace) / (gpu.tflops * 1e12 * efficiency)
-        scale = wanted / (sum(phases.values()) + optimizer)
-        phases, optimizer = {name: value * scale for name, value in phases.items()}, optimizer * scale
     rate = (network / 8 * 1e9 if nodes > 1 else gpu.link) * WIRE
     # of what mm.engine sets, stage 3 alone reduces and gathers while it computes
     free = phases["forward"] + phases["backward"] if stage == 3 else 0.0
     model = (sent.gradients + sent.weights) / rate
     hidden = min(model, free)
-    return Speed(
+    found = Speed(
         phases["forward"],
         phases["backward"],
         phases["recomputation"],
@@ -120,6 +116,10 @@ def speed(
         model - hidden + sent.features / rate,
         hidden,
     )
+    if efficiency is None:
+        return found
+    wanted = accumulation * model_flops(trace) / (gpu.tflops * 1e12 * efficiency)
+    return Speed(*(value * wanted / found.step for value in found))
 
 
 def model_flops(trace: Trace) -> float:

@@ -22,7 +22,7 @@ class Written(NamedTuple):
     checkpoints: int
     """How many are written."""
     kept: int
-    """How many stay, with that of the best metric."""
+    """How many stay at most: the newest, that of the best metric, and those for good."""
     steps_between: int
     model: int
     """Bytes of model/."""
@@ -64,11 +64,14 @@ def written(
     """Checkpoints hold weights, both moments, and the averaged weights where they are kept, all in fp32."""
     schedule = Schedule.of(samples, batch, save.every, evaluate.every, 1)
     weights = FP32 * parameters.total + parameters.saved_buffers
+    checkpoints = math.ceil(schedule.steps / schedule.save_every)
+    # of those that stay for good some are among the newest
+    for_good = min(samples // save.keep_every, checkpoints) if save.keep_every else 0
     evaluations = schedule.steps // schedule.evaluate_every if schedule.evaluate_every else 0
     return Written(
         checkpoint=weights + FP32 * parameters.trained * (3 if ema else 2),
-        checkpoints=math.ceil(schedule.steps / schedule.save_every),
-        kept=save.keep + (evaluate.best is not None),
+        checkpoints=checkpoints,
+        kept=min(checkpoints, save.keep + for_good + (evaluate.best is not None)),
         steps_between=schedule.save_every,
         model=weights,
         models=1 + (evaluations if evaluate.best else 0),

@@ -28,7 +28,8 @@ def sweep(plan: Plan) -> None:
     """
     check_folder(plan.out)
     with Workers(plan.out) as workers, Notice(plan.out) as notice:
-        withdraw(plan.out)
+        if workers.is_alone():  # else it is those others that are asked, and this one with them
+            withdraw(plan.out)
         study = Study(plan, workers)
         message(results.describe(plan, study.trials()))
         failed = 0

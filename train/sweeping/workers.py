@@ -73,18 +73,12 @@ class Workers:
         """Whether a process, and what it started in a run folder, are gone for sure."""
         if name == self.name or is_held(run / LOCK, {}):
             return False
-        path = self.out / FOLDER / name
-        said = self._said(path)
-        if said is None:
-            return True  # it ended, or somebody has found it dead before
-        held = is_held(path, {})
-        if held:
-            return False
-        if held is False and is_here(said):
-            return True
-        self.check()  # for the clock of the file system
-        now = _written(self.path)
-        return now - max(_written(path), _written(run / METRICS)) > STALE_S
+        return not self._may_live(self.out / FOLDER / name, run / METRICS)
+
+    def is_alone(self) -> bool:
+        """Whether all others are gone for sure."""
+        others = (path for path in (self.out / FOLDER).iterdir() if path.name != self.name)
+        return not any(self._may_live(path) for path in others)
 
     def is_alive(self, name: str) -> bool:
         """Whether a process lives for sure; of one elsewhere it takes two questions, `BEAT_S` apart."""
@@ -99,6 +93,19 @@ class Workers:
     def bury(self, name: str) -> None:
         """Have a process that is dead end, should it only have been frozen."""
         (self.out / FOLDER / name).unlink(missing_ok=True)
+
+    def _may_live(self, path: Path, *touched: Path) -> bool:
+        """touched: what else is a sign of life, by its age."""
+        said = self._said(path)
+        if said is None:
+            return False  # it ended, or somebody has found it dead before
+        held = is_held(path, {})
+        if held:
+            return True
+        if held is False and is_here(said):
+            return False
+        self.check()  # for the clock of the file system
+        return _written(self.path) - max(map(_written, (path, *touched))) <= STALE_S
 
     def _said(self, path: Path) -> dict[str, str] | None:
         """What a process said of itself; None: it is gone."""
