@@ -16,7 +16,7 @@ test: lint
 
 chaos: .venv/.installed-dev
 	MM_CHAOS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=0 -rP tests/test_chaos.py tests/test_damage.py tests/test_hostile.py \
-		tests/test_slurm.py
+		tests/test_slurm.py tests/test_peers.py tests/test_sweeping.py
 
 bench: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m eval.bench

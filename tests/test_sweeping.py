@@ -23,6 +23,7 @@ from mm.errors import Failure, Stopped, UserError
 from mm.runs import here
 from tests import tiny
 from tests.browser import browser, needs_chromium
+from tests.chaos import FULL
 from tests.dist import Program, finish, start_program
 from tests.test_pretrain import events, losses
 from train import sweep
@@ -316,6 +317,20 @@ def test_a_run_is_really_stopped_when_it_is_pruned(whole):
     (stopped,) = events(out / "trial_0002", "stopped")
     assert 2 * EVERY <= stopped["step"] < STEPS and not events(out / "trial_0002", "end")
     assert pruned["samples"] == stopped["samples"]
+
+
+@pytest.mark.skipif(not FULL, reason="make chaos")
+def test_a_run_of_two_ranks_is_stopped_when_it_is_pruned(base, tmp_path):
+    """The ranks stop together, and torchrun does not start them again."""
+    out = tmp_path / "sweep"
+    keys = {"ranks": 2, "trials": 2, "overrides": {"optim.lr": 0.003, "optim.weight_decay": 0.01}}
+    finish(start(base, out, space={"optim.lr": {"choices": [0.003, 0.0]}}, **keys))
+    good, pruned = results(out)["rows"]
+    assert (good["state"], good["values"]) == ("complete", {"optim.lr": 0.003})
+    assert (pruned["state"], pruned["values"]) == ("pruned", {"optim.lr": 0.0})
+    (stopped,) = events(out / "trial_0001", "stopped")
+    assert 2 * EVERY <= stopped["step"] < STEPS and pruned["samples"] == stopped["samples"]
+    assert [line["ranks"] for line in events(out / "trial_0001", "start")] == [2]
 
 
 def test_stopped_and_killed_and_started_again_it_is_the_same_sweep(whole, base, tmp_path):

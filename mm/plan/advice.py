@@ -41,7 +41,7 @@ def assumptions(found: Estimate) -> list[str]:
         said.append(
             f"the speed is an estimate: published runs that it was not fitted on were {low:g} to {high:g} times as "
             "fast. Waiting for data and evaluations are not in it. A run's own samples_per_s tells better: efficiency="
-            f"{found.efficiency:.3g} is {found.samples_per_s:,.0f}, and in proportion"
+            f"{found.efficiency:.3g} stands for {found.samples_per_s:,.0f} of them"
         )
     if found.config.nodes > 1:
         said.append(
