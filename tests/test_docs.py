@@ -19,7 +19,7 @@ from mm.config import Config
 from mm.data import make
 from train.finetune import FinetuneConfig
 from train.pretrain import PretrainConfig
-from train.sweep import SweepConfig
+from train.sweeping.config import SweepConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "slurm" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -263,10 +263,10 @@ gather_objects(x)"""
 
 
 def config_class(module: str) -> type[Config]:
-    """The config of a program: the section its module defines that is no part of another one."""
-    own = [
-        c for c in sections(list(vars(importlib.import_module(module)).values())) if c.__module__ == module
-    ]
+    """The config of a program: the section that its module, or the package beside it, defines and that is no part of
+    another one."""
+    found = sections(list(vars(importlib.import_module(module)).values()))
+    own = [c for c in found if c.__module__.startswith(module)]
     below = [inside([c], name) for c in own for name in c.model_fields]
     parts = {part for options in below for part in sections([*options, *inside(options, "NAME")])}
     (top,) = [c for c in own if c not in parts]

@@ -28,8 +28,8 @@ from tests.dist import Program, finish, start_program
 from tests.test_pretrain import events, losses
 from train import sweep
 from train.pretrain import PretrainConfig
-from train.sweep import SweepConfig
 from train.sweeping import findings, page
+from train.sweeping.config import SweepConfig
 from train.sweeping.dimension import Dimension
 from train.sweeping.plan import Plan, make_plan
 from train.sweeping.sampling import distributions, propose, values

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mm.config import load, plain
 from mm.config.types import inside, narrow
@@ -14,10 +14,8 @@ from mm.errors import UserError
 from train.finetune import FinetuneConfig
 from train.pretrain import PretrainConfig
 from train.session import RunConfig, check_figure
+from train.sweeping.config import SweepConfig
 from train.sweeping.dimension import Dimension, text
-
-if TYPE_CHECKING:
-    from train.sweep import SweepConfig
 
 PROGRAMS: dict[str, type[RunConfig]] = {"train.pretrain": PretrainConfig, "train.finetune": FinetuneConfig}
 BASE = "base.yaml"
@@ -30,7 +28,7 @@ Values = dict[str, Any]
 class Plan:
     """A sweep that can be started."""
 
-    config: "SweepConfig"
+    config: SweepConfig
     base: RunConfig
     """What every trial starts from."""
     whole: frozenset[str]
@@ -81,7 +79,7 @@ class Plan:
         return load(type(self.base), Path(words[0]), words[1:])
 
 
-def make_plan(config: "SweepConfig") -> Plan:
+def make_plan(config: SweepConfig) -> Plan:
     """Check the whole of it. Raises UserError with all mistakes."""
     cls = PROGRAMS[config.program]
     fixed = [f"{key}={text(value)}" for key, value in config.overrides.items()]
@@ -127,14 +125,14 @@ def evaluations(config: RunConfig) -> int:
     return math.ceil(schedule.steps / (schedule.evaluate_every or schedule.steps))
 
 
-def _of_metric(config: "SweepConfig", base: RunConfig) -> Iterator[str]:
+def _of_metric(config: SweepConfig, base: RunConfig) -> Iterator[str]:
     try:
         check_figure(base.sets, "metric", config.metric)
     except ValueError as error:
         yield str(error)
 
 
-def _of_pruner(config: "SweepConfig", base: RunConfig) -> Iterator[str]:
+def _of_pruner(config: SweepConfig, base: RunConfig) -> Iterator[str]:
     kind = config.pruner.kind
     if kind == "none":
         return
@@ -147,7 +145,7 @@ def _of_pruner(config: "SweepConfig", base: RunConfig) -> Iterator[str]:
         yield "space.evaluate.every: with a pruner all trials must be evaluated at the same places"
 
 
-def _names_out(config: "SweepConfig") -> list[str]:
+def _names_out(config: SweepConfig) -> list[str]:
     return [part for part in ("space", "overrides") if "out" in getattr(config, part)]
 
 
