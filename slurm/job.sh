@@ -20,6 +20,10 @@ start_job() {
   run=''
   recall || read_arguments "$@"
   find_python
+  if [ -n "$MM_DRY_RUN" ]; then
+    fill_in
+    check_config || run_attempt
+  fi
   if [ "$kind" = eval ]; then
     code=$root commit='' notes='' log=''
   else
@@ -31,7 +35,7 @@ start_job() {
 }
 
 # Python of this machine or of a container -> inside: goes before a command to run here; enter: before one that srun
-# starts; container: options of srun
+# starts; container: options of srun. A dry run starts no container: Python of this machine reads the config, if it can
 find_python() {
   if [ -z "$MM_VENV$MM_ACTIVATE$MM_CONTAINER" ] && [ -e "$root/.venv/bin/activate" ]; then
     export MM_VENV=$root/.venv
@@ -51,6 +55,35 @@ find_python() {
     container=(--container-image="$MM_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")
     inside=(srun --nodes=1 --ntasks=1 --mpi=none --export=ALL "${container[@]}")
   fi
+  [ -z "$MM_DRY_RUN" ] || inside=(env -u MM_ACTIVATE MM_VENV="$([ ! -e "$root/.venv/bin/activate" ] || echo "$root/.venv")")
+}
+
+# Python with the checkout, before there is a step
+ask_python() {
+  PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "${inside[@]}" bash "$root/slurm/node.sh" python "$@"
+}
+
+# What the program itself says of its config; it starts nothing else
+check_config() {
+  if [ ${#inside[@]} -gt 0 ] && ! ask_python -c 'import mm.config, mm.program, mm.runs' 2>/dev/null; then
+    echo "mm job $job: the config is not read here: that takes the container"
+    run=RUN code=RUN/slurm/code commit='' notes='' log=''
+    return 1
+  fi
+  ask_python -m "$program" "${arguments[@]}" --help >/dev/null || exit
+}
+
+# What a dry run has no allocation to tell by: the numbers that the script asks for
+fill_in() {
+  [ -z "$SLURM_JOB_ID" ] || return 0
+  SLURM_JOB_NUM_NODES=${SLURM_JOB_NUM_NODES:-$(asked_for nodes)}
+  SLURM_GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-$(asked_for gpus-per-node)}
+  SLURM_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(asked_for cpus-per-task)}
+}
+
+# An option of the script
+asked_for() {
+  sed -nE "s/^#SBATCH +--$1[= ]+([A-Za-z][^: ]*:)*([0-9]+).*/\2/p" "$0" | tail -n 1
 }
 
 # The program's arguments -> arguments: {task} is the array's task; of the file MM_ARRAY its line comes last
@@ -67,28 +100,36 @@ read_arguments() {
       echo "error: there is no line $task in MM_ARRAY=$MM_ARRAY; the first is --array=1" >&2
       exit 2
     fi
-    mapfile -t -O "${#arguments[@]}" arguments < <(xargs -n 1 printf '%s\n' <<<"$line")
+    # without Python, which may be in the container alone
+    if ! xargs -r -n 1 printf '%s' <<<"$line" >/dev/null 2>&1; then
+      echo "error: line $task in MM_ARRAY=$MM_ARRAY has a quote without its other one: $line" >&2
+      exit 2
+    fi
+    mapfile -d '' -t -O "${#arguments[@]}" arguments < <(xargs -r -n 1 printf '%s\0' <<<"$line")
   fi
   arguments=("${arguments[@]//\{task\}/$task}")
 }
 
-# What an earlier attempt of this job was given -> run, arguments: the config may name another folder by now. Its own output
-# tells where
+# What an earlier attempt of this job was given -> run, arguments: the config may name another folder by now
 recall() {
   [ "$attempt" -gt 1 ] || return
-  run=$(sed -n "s/^mm job $job: run folder //p" "$(readlink "/proc/$$/fd/1")" 2>/dev/null | tail -n 1)
+  run=$(sed -n "s/^mm job $job: run folder //p" "$(own_output)" 2>/dev/null | tail -n 1)
   [ -n "$run" ] && [ -r "$run/slurm/arguments-$job" ] || return
   mapfile -d '' -t arguments <"$run/slurm/arguments-$job"
 }
 
+# The file that Slurm writes what this script prints to: the attempts before are in it
+own_output() {
+  readlink "/proc/$$/fd/1"
+}
+
 # The code and the config that this run has -> run, code, commit, notes, log, arguments
 freeze_run() {
-  local options=() given=("${arguments[@]}") frozen=() fields status
+  local options=(--job "$job") frozen=() fields status
   [ -z "$MM_DRY_RUN" ] || options+=(--dry-run)
   [ -z "$run" ] || options+=(--run "$run")
   fields=$(mktemp)
-  PYTHONPATH=$root "${inside[@]}" bash "$root/slurm/node.sh" python "$root/slurm/freeze.py" \
-    "${options[@]}" "$root" "$program" "${arguments[@]}" >"$fields"
+  ask_python "$root/slurm/freeze.py" "${options[@]}" "$root" "$program" "${arguments[@]}" >"$fields"
   status=$?
   mapfile -d '' -t frozen <"$fields"
   rm -f "$fields"
@@ -98,28 +139,27 @@ freeze_run() {
   echo "mm job $job: run folder $run"
   [[ "$run" == /* ]] || run=$PWD/$run
   code=$run/slurm/code log=$run/slurm/log-$job.txt
-  [ -n "$MM_DRY_RUN" ] || printf '%s\0' "${given[@]}" >"$run/slurm/arguments-$job"
 }
 
 run_attempt() {
   compose
   if [ -n "$MM_DRY_RUN" ]; then
-    echo "mm job $job: $notes"
+    [ -z "$notes" ] || echo "mm job $job: $notes"
     printf '%q ' "${step[@]}"
     printf '\n'
-    exec bash "$root/slurm/node.sh" "$launcher" "$program" "${arguments[@]}"
+    exec env -u MM_ACTIVATE -u MM_VENV bash "$root/slurm/node.sh" "$launcher" "$program" "${arguments[@]}"
   fi
   note "attempt $attempt of job $job, $(date '+%F %T'): $MM_NODES node(s) $SLURM_JOB_NODELIST," \
     "$MM_RANKS rank(s) each${commit:+, commit $commit}"
   [ -z "$notes" ] || say "$notes"
   note "$(printf '%q ' "${step[@]}")"
   [ -z "$log" ] || echo "mm job $job: attempt $attempt on $SLURM_JOB_NODELIST, its log is $log"
-  before=$(newest_checkpoint)
-  rm -f "$run/slurm/status-$job" "$run/slurm/asked-$job"
+  before=$(progress)
+  rm -f "$MM_STATUS_FILE" "$run/slurm/asked-$job"
   "${step[@]}" >>"${log:-/dev/stdout}" 2>&1 &
   srun=$!
   wait_for_step
-  [ -z "$log" ] || status=$(cat "$run/slurm/status-$job" 2>/dev/null)
+  status=$(cat "$MM_STATUS_FILE" 2>/dev/null)
   note "attempt $attempt ended: ${status:+status $status, }srun ${ended:-still runs}"
   "finish_$kind"
 }
@@ -142,8 +182,14 @@ compose() {
       launcher=${MM_LAUNCHER:-torchrun}
       export MM_RUN=$run MM_STATUS_FILE=$run/slurm/status-$job
       ;;
-    eval) launcher=torchrun ;;
-    sweep) launcher=alone ;;
+    eval)
+      launcher=torchrun
+      export MM_STATUS_FILE=$PWD/slurm-$job.status # it has no folder of its own, and containers see this one
+      ;;
+    sweep) # trials would take a status file for theirs
+      launcher=alone
+      unset MM_STATUS_FILE
+      ;;
   esac
   case $launcher in
     torchrun | alone) ;;
@@ -168,9 +214,9 @@ wait_for_step() {
   ended=
   while [ -z "$ended" ]; do
     if [ -n "$asked" ] && kill -0 "$srun" 2>/dev/null; then
+      [ -z "$MM_RUN" ] || : >"$MM_RUN/stop" # again and again: a run that is only starting takes it away
       [ -n "$deadline" ] || hear_notice
       [ "$(date +%s)" -lt "$deadline" ] || return
-      [ -z "$MM_RUN" ] || : >"$MM_RUN/stop" # again and again: a run that is only starting takes it away
       sleep 1
       continue
     fi
@@ -182,17 +228,19 @@ wait_for_step() {
 
 # -> deadline, in seconds since 1970
 hear_notice() {
-  local now end margin left=
+  local now field end margin left=
+  [ "$kind" != sweep ] || kill -USR1 "$srun" # which passes it on
   now=$(date +%s)
-  end=$(date -d "$(job_field EndTime)" +%s 2>/dev/null) || end=$((now + 1000000))
-  margin=$(((end - now) / 3))
-  deadline=$((end - (margin < 10 ? margin : 10)))
-  [ "$(job_field JobState)" != RUNNING ] || left=", $((end - now)) s before its end" # else it is that of the next one
+  field=$(job_field EndTime)
+  if [ -n "$field" ] && end=$(date -d "$field" +%s 2>/dev/null); then # of nothing it would make midnight
+    margin=$(((end - now) / 3))
+    deadline=$((end - (margin < 10 ? margin : 10)))
+    [ "$(job_field JobState)" != RUNNING ] || left=", $((end - now)) s before its end" # else it is that of the next one
+  else
+    deadline=$((now + 1000000)) # unknown: until it has stopped, or Slurm ends it
+  fi
   say "got SIG$asked$left"
-  case $kind in
-    eval) deadline=$now ;; # nothing to save
-    sweep) kill -USR1 "$srun" ;; # which passes it on
-  esac
+  [ "$kind" != eval ] || deadline=$now # nothing to save
 }
 
 finish_train() {
@@ -213,6 +261,9 @@ finish_train() {
 finish_sweep() {
   case $ended in
     0) succeed ;;
+    1) # by its own decision: a crash has another one
+      is_preempted || fail 1 "the sweep has given up, so it is not tried again; see $log. The same command goes on"
+      ;;
     2) refuse ;;
     75)
       rm -f "$run/slurm/retries-$job"
@@ -222,22 +273,32 @@ finish_sweep() {
       hold "the sweep was stopped by $run/stop"
       ;;
   esac
+  if [ -n "$asked" ] && [ "${ended:-0}" -gt 128 ]; then # the signal came while Python started
+    requeue "the sweep was ended at its start"
+  fi
   retry
 }
 
 finish_eval() {
+  local stops=$attempt
+  rm -f "$MM_STATUS_FILE"
   [ "$ended" != 0 ] || succeed
-  if is_preempted || { [ -n "$asked" ] && [ "$attempt" -le "${MM_RETRIES:-3}" ]; }; then
-    requeue "stopped; what is evaluated stays"
+  [ "$status" != 2 ] || refuse
+  ! is_preempted || requeue "stopped for another job; what is evaluated stays"
+  [ -n "$asked" ] || fail 1 "the evaluation failed"
+  [ "$asked" = USR1 ] || requeue "stopped; what is evaluated stays" # by who ends the job or sends it elsewhere
+  if [ -f "$(own_output)" ]; then # which tells of requeues by others apart
+    stops=$(($(grep -c "^mm job $job: stopped by a notice.*; requeue$" "$(own_output)") + 1))
   fi
-  fail 1 "the evaluation ${asked:+was stopped}${asked:-failed}"
+  [ "$stops" -le "${MM_RETRIES:-3}" ] || fail 1 "the evaluation got $stops notices, and MM_RETRIES=${MM_RETRIES:-3}"
+  requeue "stopped by a notice, time $stops of ${MM_RETRIES:-3}; what is evaluated stays"
 }
 
 # Requeue what did not end well, at most MM_RETRIES times in a row without a new checkpoint. A pre-emption does not count.
 retry() {
   local count why=${ended:+the program ended}
   why=${why:-it has not stopped in time}
-  if [ "$(newest_checkpoint)" != "$before" ]; then
+  if [ "$(progress)" != "$before" ]; then
     rm -f "$run/slurm/retries-$job"
   elif ! is_preempted; then
     count=$(($(cat "$run/slurm/retries-$job" 2>/dev/null || echo 0) + 1))
@@ -281,8 +342,8 @@ succeed() {
 }
 
 refuse() {
-  grep -E '^([0-9]+: )?error: ' "$log" | tail -n 1
-  fail 2 "a mistake in the command or the config, so it is not tried again; see $log"
+  [ -z "$log" ] || grep -E '^([0-9]+: )?error: ' "$log" | tail -n 1
+  fail 2 "a mistake in the command or the config, so it is not tried again; see ${log:-above}"
 }
 
 fail() {
@@ -300,8 +361,14 @@ note() {
   echo "== $*" >>"${log:-/dev/stdout}"
 }
 
-newest_checkpoint() {
-  find "$run/checkpoints" -mindepth 1 -maxdepth 1 -name 'step_*' 2>/dev/null | sort -V | tail -n 1
+# What a crash is forgiven for when there is more of it: checkpoints; of a sweep those of its trials, and their models
+progress() {
+  if [ "$kind" = sweep ]; then
+    find "$run" -mindepth 2 -maxdepth 3 '(' -path '*/trial_*/checkpoints/step_*' -o -path '*/trial_*/model' ')' \
+      2>/dev/null | sort
+  else
+    find "$run/checkpoints" -mindepth 1 -maxdepth 1 -name 'step_*' 2>/dev/null | sort -V | tail -n 1
+  fi
 }
 
 is_preempted() {
@@ -310,5 +377,5 @@ is_preempted() {
 
 # A field of `scontrol show job`, or nothing
 job_field() {
-  scontrol show job -o "$job" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
+  timeout 30 scontrol show job -o "$job" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
 }

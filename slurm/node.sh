@@ -4,12 +4,13 @@
 #   node.sh torchrun|deepspeed|alone PROGRAM ARGUMENT ...     the ranks of this node
 # It reads what job.sh exports: MM_RUN (empty: nothing to save), MM_JOB, MM_NODES, MM_RANKS, MM_HEAD, MM_PORT, MM_RDZV_ID.
 
+# what activation prints must not get among what is asked of Python
 if [ -n "$MM_ACTIVATE" ]; then
   # shellcheck source=/dev/null
-  . "$MM_ACTIVATE" || { echo "error: MM_ACTIVATE=$MM_ACTIVATE cannot be sourced on $(hostname)" >&2; exit 2; }
+  . "$MM_ACTIVATE" >&2 || { echo "error: MM_ACTIVATE=$MM_ACTIVATE cannot be sourced on $(hostname)" >&2; exit 2; }
 elif [ -n "$MM_VENV" ]; then
   # shellcheck source=/dev/null
-  . "$MM_VENV/bin/activate" || { echo "error: MM_VENV=$MM_VENV is no virtual environment on $(hostname)" >&2; exit 2; }
+  . "$MM_VENV/bin/activate" >&2 || { echo "error: MM_VENV=$MM_VENV is no virtual environment on $(hostname)" >&2; exit 2; }
 fi
 
 launcher=$1

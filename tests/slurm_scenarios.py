@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.chaos import FULL
 from tests.slurm_cluster import Cluster, Job, wait
+from tests.slurm_disturbed import copied, events, make_overrides
 
 SMALL = ("--gpus-per-node=1", "--cpus-per-task=1")
 VENV = {"MM_VENV": sys.prefix}
@@ -25,6 +26,7 @@ from mm.errors import Stopped
 class LightConfig(Config):
     out: Path | None = None
     model: Path | None = None
+    config: Path | None = None
     do: Literal["end", "crash", "wait", "wait once"] = "end"
     word: str = ""
 
@@ -175,8 +177,8 @@ def a_node_less(place: Place) -> None:
 
 def sweep(place: Place) -> None:
     """Two tasks share it; one that is asked to stop comes back."""
-    script = ("slurm/sweep.sbatch", "light.yaml", "out=runs/sweep", "word=task {task}", "do=wait once")
-    whole = place.submit("--array=0-1", *script)
+    given = ("light.yaml", "config=light.yaml", "out=runs/sweep", "word=task {task}", "do=wait once")
+    whole = place.submit("--array=0-1", "slurm/sweep.sbatch", *given)
     tasks = [place.job(f"{whole.id}_{task}") for task in (0, 1)]
     wait(lambda: len(place.seen("runs/sweep")) == 2, "both are at work")
     place.slurm.run("scancel", "--signal=USR1", "--batch", *(task.id for task in tasks))
@@ -187,6 +189,33 @@ def sweep(place: Place) -> None:
     assert sorted(start["word"] for start in starts) == ["task 0", "task 0", "task 1", "task 1"]
     assert {start["file"] for start in starts} == {str(place.folder / "runs/sweep/slurm/code/train/sweep.py")}
     assert starts[0]["RANK"] is None  # no launcher
+    assert {start["argv"][-1] for start in starts} == {"config=runs/sweep/slurm/code/config/base/light.yaml"}
+
+
+def real_sweep(place: Place) -> None:
+    """No stand-in: two tasks run the two trials of train.sweep, are asked to stop in the middle, and go on; what the
+    trials start from is spoilt meanwhile."""
+    place = Place(place.slurm, copied(place.folder.with_name("real")), place.nodes)
+    base, *words = make_overrides(place.folder / "shards", 200)
+    keys = dict(word.split("=", 1) for word in words)
+    keys |= {"sets": f"{{val: {{kind: loss, data: {place.folder}/shards}}}}", "evaluate.every": "6400"}
+    text = ["overrides:", *(f"  {key}: {value}" for key, value in keys.items())]
+    text += ["space: {optim.lr: {low: 1.0e-4, high: 1.0e-2, log: true}}", "metric: val/val_loss", "trials: 2"]
+    (place.folder / "real.yaml").write_text("\n".join([f"config: {base}", "out: runs/real", *text]))
+    whole = place.submit("--array=0-1", "slurm/sweep.sbatch", "real.yaml")
+    tasks = [place.job(f"{whole.id}_{task}") for task in (0, 1)]
+    trials = [place.folder / f"runs/real/trial_{number:04d}" for number in (0, 1)]
+    wait(lambda: all(trial.joinpath("metrics.jsonl").exists() for trial in trials), "both have begun")
+    wait(lambda: all(len(events(trial, "train")) > 5 for trial in trials), "both train")
+    (place.folder / base).write_text("spoilt: 1\n")
+    place.slurm.run("scancel", "--signal=USR1", "--batch", *(task.id for task in tasks))
+    for task in tasks:
+        task.wait("COMPLETED")
+        assert task.field("Restarts") == "1"
+    for trial in trials:
+        assert len(events(trial, "start")) == 2
+        assert [line["step"] for line in events(trial, "train")] == list(range(1, 201))
+    assert (place.folder / "runs/real/best.yaml").exists()
 
 
 def deepspeed(place: Place) -> None:
@@ -229,6 +258,6 @@ SCENARIOS: dict[Callable[[Place], None], int] = {
     a_node_less: 2,
     sweep: 1,
     container: 1,
-    **({deepspeed: 2} if FULL else {}),
+    **({deepspeed: 2, real_sweep: 1} if FULL else {}),
 }
 """And how many nodes each wants for itself."""
