@@ -36,13 +36,15 @@ class Notice:
 
     def __init__(self, run: Path) -> None:
         self._file = run / FILE
-        self._asked = False
+        self._asked = self._interrupted = False
         self._looked = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {one: signal.signal(one, self._note) for one in SIGNALS}
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(
@@ -50,10 +52,13 @@ class Notice:
     ) -> None:
         for one, handler in self._before.items():
             # it ends as it was asked to: who asks again must not kill it on the way
-            signal.signal(one, _again if kind is Stopped else handler)
+            signal.signal(one, _again if kind is Stopped and one in SIGNALS else handler)
 
     def seen(self) -> bool:
-        """Whether it was asked until now. Rank 0 looks for the file, once a second."""
+        """Whether it was asked until now. Rank 0 looks for the file, once a second. Raises a KeyboardInterrupt that was
+        lost."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         now = time.monotonic()
         if not self._asked and distributed.is_main() and now - self._looked >= LOOK_S:
             self._looked = now
@@ -62,6 +67,10 @@ class Notice:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt  # lost in a destructor or a callback, whose errors Python only prints
 
 
 @contextmanager

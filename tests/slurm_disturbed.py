@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -138,17 +139,17 @@ class Disturbed:
 
     def wait_until_it_starts(self) -> bool:
         """The attempt that Slurm now counts; False: the job has ended."""
-        return self._wait_for("", "starts")
+        return self._wait_for("^", "starts")
 
     def wait_until_it_trains(self) -> bool:
-        return self._wait_for("0: step ", "trains")
+        return self._wait_for("^(0: )?step ", "trains")  # with several nodes each line begins with its own
 
-    def _wait_for(self, word: str, what: str) -> bool:
+    def _wait_for(self, pattern: str, what: str) -> bool:
         attempt = self.restarts + 1
 
         def seen() -> bool:
             log = self.log_of(attempt)
-            return log != "" and word in log
+            return log != "" and re.search(pattern, log, re.MULTILINE) is not None
 
         wait(lambda: seen() or self.job.state == "COMPLETED", f"attempt {attempt} {what}", every_s=0.3)
         return self.job.state != "COMPLETED"

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,26 @@ def test_a_notice_is_a_flag_and_handlers_come_back(tmp_path):
     thread.start()
     thread.join()
     assert found == [False]
+
+
+class Dying:
+    """Python prints what its destructor raises, and goes on."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_that_is_lost_comes_again(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with Notice(tmp_path) as notice:
+        Dying()
+        with pytest.raises(KeyboardInterrupt):
+            notice.seen()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_asked_again_on_its_way_out_it_is_not_killed(tmp_path):
