@@ -76,10 +76,10 @@ def _about_memory(found: Estimate) -> list[str]:
             "cuts; engine.zero_stage=0 is faster, too"
         )
     if found.memory.needed < ROOM * found.gpu.memory and found.ranks > 1:
-        most = largest_batch(found, stage)
+        most, half = largest_batch(found, stage), found.ranks // 2
         said.append(
             f"{found.memory.needed / found.gpu.memory:.0%} of the memory is used: {most:,} samples would fit a GPU at "
-            f"once; the same batch runs on {found.ranks // 2} GPUs in twice the time"
+            f"once; the same batch runs on {half} GPU{'s' * (half > 1)} in twice the time"
         )
     return said
 
