@@ -16,6 +16,8 @@ def show(after: Figures, before: Figures | None = None, intervals: Intervals | N
 
     intervals: of the figures, in place of their standard errors.
     """
+    if not after:
+        return
     before = before or {}
     grid = Table("set", "figure", box=None)
     sure = "± error" if intervals is None else "95% interval"
