@@ -9,8 +9,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -72,11 +71,10 @@ class Mirror:
             steps = [name for name, whole in self._checkpoints() if whole]
             if not steps:
                 return None
-            with self._config() as written:
-                check_same_run(self.run, config, written)
-            newest = max((path.name for path in checkpoint.complete(self.run)), key=_number, default="step_0")
+            self._check_same_run(config)
+            here = checkpoint.complete(self.run)
             for name in reversed(steps):
-                if _number(name) <= _number(newest):
+                if here and _number(name) <= checkpoint.step_of(here[-1]):
                     return None
                 if (final := self._fetched(name)) is not None:
                     return final
@@ -84,19 +82,18 @@ class Mirror:
             raise
         except Exception as error:  # each file system has its own
             raise Failure(f"the copy of the run in {self.url} cannot be read: {error}") from error
-        if newest == "step_0":
+        if not here:
             raise UserError(
                 f"no checkpoint in {self.url} is good, and {self.run} has none. Name another checkpoint.copy_to to "
                 "start from the beginning"
             )
         return None
 
-    @contextmanager
-    def _config(self) -> Iterator[Path]:
+    def _check_same_run(self, config: Config) -> None:
         with TemporaryDirectory() as folder:
             written = Path(folder, CONFIG)
             self.files.get_file(f"{self.root}/{CONFIG}", str(written))
-            yield written
+            check_same_run(self.run, config, written)
 
     def _fetched(self, name: str) -> Path | None:
         """A checkpoint brought with the records, or None where it is damaged, which is told."""
@@ -192,4 +189,4 @@ class Mirror:
 
 
 def _number(name: str) -> int:
-    return int(name.removeprefix("step_"))
+    return checkpoint.step_of(Path(name))

@@ -298,7 +298,7 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Evaluate; whether the best metric got better."""
-        self.saver.finish()  # what an evaluation takes may be the last of a run
+        self.saver.finish()  # it may be long, and end the run
         self.stalls.at(f"the evaluation after step {self.state.step:,}")
         try:
             with may_be_left(self.asked):

@@ -160,16 +160,15 @@ def planned(words: Sequence[str], ranks: int) -> dict[str, int]:
     engine = config.engine
     groups = parameter_groups(model.module.named_parameters(), model.layers, config.optim)
     batch = engine.micro_batch or config.batch // ranks
-
-    def activations(compared: memory.Activations | None) -> memory.Activations:
-        bf16 = engine.precision == "bf16"
-        return memory.activations(
-            model, batch, ranks, bf16=bf16, device="cpu", attention="native", compared=compared
-        )
-
-    kept = activations(None)
-    if engine.zero_stage == 3:
-        kept = activations(kept)
+    kept = memory.activations(
+        model,
+        batch,
+        ranks,
+        bf16=engine.precision == "bf16",
+        device="cpu",
+        attention="native",
+        stage=engine.zero_stage,
+    )
     parameters = Parameters.of(model.module, groups, engine.persist_below)
     held = states(parameters, engine.zero_stage, ranks, engine.ema_decay > 0)
     return {"activations": kept.of(batch, ranks), "states": held.lasting + held.own_gradients}

@@ -126,12 +126,9 @@ def _checkpointing(found: Estimate) -> str:
     except UserError:  # a network that has none
         return ""
     bf16, ranks = found.bf16, found.ranks
-    kept = memory.activations(other, found.micro_batch, ranks, bf16=bf16)
-    if found.stage == 3:
-        kept = memory.activations(other, found.micro_batch, ranks, bf16=bf16, compared=kept)
     needed = memory.memory(
         found.parameters,
-        kept,
+        memory.activations(other, found.micro_batch, ranks, bf16=bf16, stage=found.stage),
         traced(other.module, other.batch(found.micro_batch), bf16=bf16, ranks=ranks),
         stage=found.stage,
         batch=found.micro_batch,

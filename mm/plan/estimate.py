@@ -94,7 +94,7 @@ def estimate(config: Plan) -> Estimate:
         )
     parameters = Parameters.of(model.module, groups, config.engine.persist_below)
     kept = memory.activations(model, micro, ranks, bf16=bf16)
-    kept_3 = memory.activations(model, micro, ranks, bf16=bf16, compared=kept)
+    kept_3 = memory.activations(model, micro, ranks, bf16=bf16, stage=3, compared=kept)
     trace = traced(model.module, model.batch(micro), bf16=bf16, ranks=ranks)
     ema = config.engine.ema_decay > 0
     stages = {

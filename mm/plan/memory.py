@@ -48,14 +48,17 @@ def activations(
     bf16: bool,
     device: Literal["cpu", "cuda"] = "cuda",
     attention: Attention = "fused",
+    stage: int = 0,
     compared: Activations | None = None,
 ) -> Activations:
     """Fitted on batches of a quarter and a half of `batch`, on `ranks` and twice as many.
 
     Args:
-        compared: what the model keeps under the other stages, for its activations under stage 3, whose linear layers
-            are others and whose comparison of samples is the same.
+        stage: under 3 the linear layers are others; the comparison of samples is the same.
+        compared: what the model keeps under the other stages, where it is known already.
     """
+    if stage == 3 and compared is None and model.compares:
+        compared = activations(model, batch, ranks, bf16=bf16, device=device, attention=attention)
     one = max(1, batch // 4)
     two = max(2 * one, batch // 2)
 
@@ -68,7 +71,7 @@ def activations(
             bf16=bf16,
             attention=attention,
             ranks=world,
-            zero3=compared is not None,
+            zero3=stage == 3,
         )
 
     if compared is not None or not model.compares:
